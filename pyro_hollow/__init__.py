@@ -1,0 +1,44 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Hollow-CNFs for Pyro: continuous normalizing flows with an exact log-determinant at almost no cost.
+
+Which part for which need?
+
+- a posterior flow or a density: :func:`hollow_cnf`, or :func:`conditional_hollow_cnf` where an encoder or other context
+  decides; :class:`HollowCNF` and :class:`ConditionalHollowCNF` around a network of your own making;
+- a vector field with exact divergence and dimension-wise derivatives of any order: :class:`HollowNN`;
+- the solver's method and tolerances: :class:`Solver`;
+- the free-form flow to compare with: :func:`free_form_cnf`.
+"""
+
+from pyro_hollow.nn import ConditionalHollowNN, HollowNN
+from pyro_hollow.ode import Solver, SolverError
+from pyro_hollow.transforms import (
+    ConditionalFreeFormCNF,
+    ConditionalHollowCNF,
+    FreeFormCNF,
+    HollowCNF,
+    conditional_free_form_cnf,
+    conditional_hollow_cnf,
+    free_form_cnf,
+    hollow_cnf,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConditionalFreeFormCNF",
+    "ConditionalHollowCNF",
+    "ConditionalHollowNN",
+    "FreeFormCNF",
+    "HollowCNF",
+    "HollowNN",
+    "Solver",
+    "SolverError",
+    "conditional_free_form_cnf",
+    "conditional_hollow_cnf",
+    "free_form_cnf",
+    "hollow_cnf",
+]
