@@ -1,0 +1,94 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Smooth activations together with their derivatives of any order, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "Activation", "get_activation"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    r"""
+    A smooth elementwise function, written as an affine image of one that is cheap to evaluate,
+
+        :math:`s(z) = \text{scale} \cdot g(\text{rate} \cdot z) + \text{shift}`.
+
+    Layers multiply their weights by rate and scale once per solve, so that :math:`g` is all that is left to do per
+    evaluation. For the hyperbolic tangent, :math:`\tanh z = 2 \sigma(2 z) - 1`, that is 9 times cheaper on a CPU
+    (:func:`torch.sigmoid` is vectorised there, :func:`torch.tanh` hardly is), and works in place.
+
+    :param apply: :math:`g`; may overwrite its argument.
+    :param derivatives: maps z and an order k to :math:`[g(z), g'(z), \dots, g^{(k)}(z)]`; leaves z alone.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    derivatives: Callable[[Tensor, int], list[Tensor]]
+    rate: float = 1.0
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+@cache
+def _logistic_polynomials(order: int) -> tuple[tuple[float, ...], ...]:
+    """
+    As :math:`u' = u - u^2` for the logistic function, :math:`u^{(k)} = P_k(u)` with :math:`P_0(u) = u` and
+    :math:`P_{k+1} = (u - u^2) P_k'`. Polynomials are tuples of coefficients, lowest power first.
+    """
+    polynomials: list[tuple[float, ...]] = [(0.0, 1.0)]
+    for _ in range(order):
+        slope = [power * c for power, c in enumerate(polynomials[-1])]  # u P'(u)
+        polynomials.append(tuple(a - b for a, b in zip([*slope, 0.0], [0.0, *slope], strict=True)))
+    return tuple(polynomials)
+
+
+def _logistic(z: Tensor, order: int) -> list[Tensor]:
+    u = torch.sigmoid(z)
+    values = [u]
+    for coefficients in _logistic_polynomials(order)[1:]:
+        # P_k(u) = u Q(u) by Horner's scheme; the first, u - u^2, is one operation.
+        *lower, c, top = coefficients[1:]
+        value = torch.addcmul(u, u, u, value=top) if not lower else u * top + c
+        for c in reversed(lower):
+            value = value * u + c
+        values.append(value * u if lower else value)
+    return values
+
+
+def _softplus(z: Tensor, order: int) -> list[Tensor]:
+    return [F.softplus(z), *(_logistic(z, order - 1) if order else [])]
+
+
+def _silu(z: Tensor, order: int) -> list[Tensor]:
+    # Leibniz: (z u)^(k) = z u^(k) + k u^(k-1).
+    u = _logistic(z, order)
+    return [z * u[0], *(torch.addcmul(k * u[k - 1], z, u[k]) for k in range(1, order + 1))]
+
+
+#: The activations, by name. All are smooth: the divergence of a ReLU field would be piecewise constant.
+ACTIVATIONS = {
+    "tanh": Activation(torch.sigmoid_, _logistic, rate=2.0, scale=2.0, shift=-1.0),
+    "softplus": Activation(F.softplus, _softplus),
+    "silu": Activation(F.silu, _silu),
+}
+
+
+def get_activation(name: str) -> Activation:
+    """
+    Looks up a smooth activation by name.
+
+    :param str name: "tanh", "softplus" or "silu".
+    :raises ValueError: for any other name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, but got {name!r}")
+    return ACTIVATIONS[name]

@@ -1,0 +1,36 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Between the layout that users see, ``(*batch, d)``, and the one that is fast, ``(d, batch)``.
+
+A layer that acts on every coordinate with weights of its own is one batched matrix product if the coordinates come
+first, and its operands are contiguous if the batch comes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def columns(x: Tensor) -> Tensor:
+    """``(*batch, n)`` to a contiguous ``(n, batch)``."""
+    return x.reshape(-1, x.shape[-1]).mT.contiguous()
+
+
+def rows(x: Tensor, batch_shape: Sequence[int]) -> Tensor:
+    """``(n, batch)`` back to ``(*batch, n)``, a view."""
+    return x.mT.reshape(*batch_shape, x.shape[0])
+
+
+def flatten_offset(offset: Tensor, lead: int, batch_shape: Sequence[int]) -> Tensor:
+    """
+    Makes the dimensions of an offset after the first ``lead`` one: the flattened batch, or 1 if all share the offset.
+    """
+    head, tail = offset.shape[:lead], offset.shape[lead:]
+    if tail.numel() > 1 and tail != batch_shape:
+        missing = len(batch_shape) - len(tail)
+        offset = offset.reshape(*head, *(1,) * missing, *tail).expand(*head, *batch_shape)
+    return offset.reshape(*head, -1)
