@@ -1,0 +1,37 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Continuous normalizing flows as Pyro transforms."""
+
+from .continuous import ConditionalCNF, ConditionedCNF
+from .free_form_cnf import (
+    ConditionalFreeFormCNF,
+    ConditionedFreeFormCNF,
+    FreeFormCNF,
+    FreeFormNN,
+    conditional_free_form_cnf,
+    free_form_cnf,
+)
+from .hollow_cnf import (
+    ConditionalHollowCNF,
+    ConditionedHollowCNF,
+    HollowCNF,
+    conditional_hollow_cnf,
+    hollow_cnf,
+)
+
+__all__ = [
+    "ConditionalCNF",
+    "ConditionalFreeFormCNF",
+    "ConditionalHollowCNF",
+    "ConditionedCNF",
+    "ConditionedFreeFormCNF",
+    "ConditionedHollowCNF",
+    "FreeFormCNF",
+    "FreeFormNN",
+    "HollowCNF",
+    "conditional_free_form_cnf",
+    "conditional_hollow_cnf",
+    "free_form_cnf",
+    "hollow_cnf",
+]

@@ -1,0 +1,308 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What all continuous normalizing flows have in common."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.conditional import ConditionalTransformModule
+from torch import Tensor, nn
+from torch.distributions import Transform
+from torch.distributions.transforms import _InverseTransform
+from typing_extensions import Self
+
+from pyro_hollow.ode import Solver, SolverStats
+
+__all__ = ["ConditionalCNF", "ConditionedCNF", "Field"]
+
+
+class Field(Protocol):
+    """A vector field for one solve, with its divergence."""
+
+    tensors: tuple[Tensor, ...]
+
+    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(f, divergence)`` with shapes ``(*, d)`` and ``(*,)`` for a scalar time and a state of shape ``(*, d)``."""
+
+
+class _Augmented:
+    """The dynamics of the pair (state, log-determinant)."""
+
+    def __init__(self, field: Field) -> None:
+        self.tensors = field.tensors
+        self._field = field
+
+    def __call__(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._field.with_divergence(t, state[0])
+
+
+class _Cached(NamedTuple):
+    x: Tensor
+    y: Tensor
+    ladj: Tensor
+    stamp: tuple[Any, ...]
+
+
+class _Record:
+    """Holds the statistics of the latest solve, shared by a conditional flow and what it makes of contexts."""
+
+    last: SolverStats | None = None
+
+
+class ConditionedCNF(Transform):
+    r"""
+    A continuous normalizing flow with its context, if any, fixed,
+
+        :math:`\mathbf{y} = \mathbf{x}(T), \qquad \frac{d\mathbf{x}}{dt} = f(t, \mathbf{x}), \qquad \mathbf{x}(0) =
+        \mathbf{x}, \qquad \log\left|\det\frac{\partial\mathbf{y}}{\partial\mathbf{x}}\right| = \int_0^T \nabla \cdot
+        f(t, \mathbf{x}(t)) \, dt.`
+
+    One solve gives both value and log-determinant; everything public is a view of it. A subclass says, in
+    :meth:`_bind`, what the vector field is.
+
+    With ``cache_size=1`` the latest pair is kept together with its log-determinant, so that sampling and scoring the
+    sample costs one solve. The pair is dropped as soon as it would be wrong or useless: when a parameter, the context,
+    the solver or one of the pair itself has changed, when gradients are wanted now and were off then, and after a
+    backward pass. (Writing through ``parameter.data`` goes unnoticed: call :meth:`clear_cache` after it.)
+
+    :param ~torch.nn.Module nn: the network of the vector field, which has an attribute ``input_dim``.
+    :param Tensor context: the context with shape ``(*, context_dim)``, or None.
+    :param Solver solver: how to integrate; None for ``Solver()``.
+    :param float time: the end time T.
+    :param int cache_size: 0 or 1.
+    :raises ValueError: for a time that is not positive, and from every evaluation for inputs of the wrong size or type
+        and for inputs that are not finite.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    sign = +1
+
+    def __init__(
+        self,
+        nn: nn.Module,
+        context: Tensor | None = None,
+        *,
+        solver: Solver | None = None,
+        time: float = 1.0,
+        cache_size: int = 1,
+        record: _Record | None = None,
+    ) -> None:
+        super().__init__(cache_size=cache_size)
+        if not (time > 0 and math.isfinite(time)):
+            raise ValueError(f"time must be positive and finite, but got {time}")
+        self.nn = nn
+        self.context = context
+        self.solver = solver if solver is not None else Solver()
+        self.time = float(time)
+        self._record = record if record is not None else _Record()
+        self._cached: _Cached | None = None
+
+    def _bind(self) -> Field:
+        """Makes the vector field for one solve."""
+        raise NotImplementedError
+
+    @property
+    def last_solve(self) -> SolverStats | None:
+        """Statistics of the latest solve; None before the first."""
+        return self._record.last
+
+    @property
+    def inv(self) -> Transform:
+        """The inverse. Made anew each time: a stored one would form a cycle that keeps graphs alive."""
+        return _InverseTransform(self)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        cached = self._lookup(y=y)
+        if cached is None:
+            x, ladj = self._integrate(y, self.time, 0.0)
+            cached = self._store(x, y, -ladj, outputs=(x, ladj))
+        return cached.x
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Value and log-determinant by one solve.
+
+        :param Tensor x: the input with shape ``(*, d)``.
+        :returns: y with shape ``(*, d)`` and the log-determinant of its Jacobian with shape ``(*,)``.
+        """
+        cached = self._lookup(x=x)
+        if cached is None:
+            y, ladj = self._integrate(x, 0.0, self.time)
+            cached = self._store(x, y, ladj, outputs=(y, ladj))
+        return cached.y, cached.ladj
+
+    def _call(self, x: Tensor) -> Tensor:
+        """
+        :param x: the input into the bijection
+        :type x: torch.Tensor
+
+        Invokes the bijection x=>y, past the cache.
+        """
+        return self._integrate(x, 0.0, self.time)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        """
+        :param y: the output of the bijection
+        :type y: torch.Tensor
+
+        Inverts y => x by integrating backward in time, past the cache.
+        """
+        return self._integrate(y, self.time, 0.0)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """
+        Calculates the logarithm of the absolute value of the determinant of the Jacobian, at no cost for the pair of
+        the latest call and by one solve for any other.
+
+        :param Tensor x: the input with shape ``(*, d)``.
+        :param Tensor y: the output for that input.
+        :returns: the log-determinant with shape ``(*,)``.
+        """
+        cached = self._lookup(x=x, y=y)
+        return self._integrate(x, 0.0, self.time)[1] if cached is None else cached.ladj
+
+    def _integrate(self, state: Tensor, t0: float, t1: float) -> tuple[Tensor, Tensor]:
+        """The state at t1 and the integral of the divergence from t0 to t1."""
+        self._check(state)
+        ladj = state.new_zeros(state.shape[:-1])
+        solution = self.solver.integrate(_Augmented(self._bind()), (state, ladj), t0, t1)
+        self._record.last = solution.stats
+        return solution.state
+
+    def _check(self, x: Tensor) -> None:
+        d = self.nn.input_dim
+        parameter = next(self.nn.parameters(), None)
+        if x.dim() == 0 or x.shape[-1] != d:
+            raise ValueError(f"input must have shape (*, {d}), but got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"input must be of a floating-point type, but got {x.dtype}; convert it with .float()")
+        if parameter is not None and (x.dtype, x.device) != (parameter.dtype, parameter.device):
+            raise ValueError(
+                f"input is {x.dtype} on {x.device}, but the network is {parameter.dtype} on {parameter.device}; "
+                "convert one of them with .to()"
+            )
+        if self.context is not None:
+            batch, own = self.context.shape[:-1], x.shape[:-1]
+            if len(batch) > len(own) or any(a not in (1, b) for a, b in zip(batch[::-1], own[::-1], strict=False)):
+                raise ValueError(
+                    f"context has batch shape {tuple(batch)}, which does not broadcast to the input's {tuple(own)}; "
+                    "expand the base distribution to the batch shape of the context"
+                )
+        finite = torch.isfinite(x)
+        if not bool(finite.all()):
+            sample = tuple((~finite).any(-1).nonzero()[0].tolist())
+            raise ValueError(f"input must be finite, but sample {sample} is not")
+
+    def clear_cache(self) -> None:
+        """Forgets the latest pair."""
+        self._cached = None
+
+    def with_cache(self, cache_size: int = 1) -> Self:
+        """
+        A transform that shares the network.
+
+        :param int cache_size: 0 or 1.
+        :raises ValueError: for any other size.
+        """
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size must be 0 or 1, but got {cache_size}")
+        if cache_size == self._cache_size:
+            return self
+        sibling = copy.copy(self)
+        sibling._cache_size = cache_size
+        return sibling
+
+    def _stamp(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        """What must not have changed for the cached pair to be right."""
+        tensors = [*self.nn.parameters(), *self.nn.buffers(), x, y]
+        if self.context is not None:
+            tensors.append(self.context)
+        # The type and the device are those of the parameters: Module.to() moves them without a new version.
+        state = tuple(
+            (-1 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device) for tensor in tensors
+        )
+        return torch.is_grad_enabled(), self.solver, self.time, x.requires_grad, y.requires_grad, state
+
+    def _lookup(self, x: Tensor | None = None, y: Tensor | None = None) -> _Cached | None:
+        cached = self._cached
+        if cached is None or (x is not None and x is not cached.x) or (y is not None and y is not cached.y):
+            return None
+        return cached if cached.stamp == self._stamp(cached.x, cached.y) else None
+
+    def _store(self, x: Tensor, y: Tensor, ladj: Tensor, outputs: tuple[Tensor, ...]) -> _Cached:
+        cached = _Cached(x, y, ladj, self._stamp(x, y))
+        if self._cache_size == 0:
+            return cached
+        self._cached = cached
+        # A second backward pass through the pair's graph would fail. The hook must not keep the transform alive.
+        reference = weakref.ref(self)
+
+        def forget(gradient: Tensor) -> None:
+            transform = reference()
+            if transform is not None:
+                transform.clear_cache()
+
+        for tensor in outputs:
+            if tensor.requires_grad and tensor.grad_fn is not None:
+                tensor.register_hook(forget)
+        return cached
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cached": None, "_inv": None}
+
+
+class ConditionalCNF(ConditionalTransformModule):
+    """
+    A continuous normalizing flow that waits for its context. A subclass says, in :meth:`_condition`, what transform a
+    context makes.
+
+    :param ~torch.nn.Module nn: the network of the vector field, with attributes ``input_dim`` and ``context_dim``.
+    :param Solver solver: how to integrate; None for ``Solver()``.
+    :param float time: the end time T.
+    :param int cache_size: the cache size of the conditioned transforms.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, nn: nn.Module, *, solver: Solver | None = None, time: float = 1.0, cache_size: int = 1) -> None:
+        super().__init__()
+        self.nn = nn
+        self.solver = solver if solver is not None else Solver()
+        self.time = time
+        self.cache_size = cache_size
+        self._record = _Record()
+
+    @property
+    def last_solve(self) -> SolverStats | None:
+        """Statistics of the latest solve of any transform that came from :meth:`condition`; None before the first."""
+        return self._record.last
+
+    def condition(self, context: Tensor) -> ConditionedCNF:
+        """
+        Conditions on a context variable, returning a non-conditional transform.
+
+        :param Tensor context: the context with shape ``(*, context_dim)``; its batch broadcasts against the input's.
+        :raises ValueError: if the context has another size.
+        """
+        if context.dim() == 0 or context.shape[-1] != self.nn.context_dim:
+            raise ValueError(f"context must have shape (*, {self.nn.context_dim}), but got {tuple(context.shape)}")
+        settings = {"solver": self.solver, "time": self.time, "cache_size": self.cache_size, "record": self._record}
+        return self._condition(context, settings)
+
+    def _condition(self, context: Tensor, settings: dict[str, Any]) -> ConditionedCNF:
+        """Makes the transform."""
+        raise NotImplementedError
