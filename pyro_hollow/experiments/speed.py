@@ -1,0 +1,251 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+What an exact divergence costs: ratios of times measured side by side in one run, and the memory of a training step.
+
+Every time is the median over repetitions in which the candidates take turns. One repetition binds the field, evaluates
+it 8 times, as two Runge-Kutta steps do, and, for "forward + backward", backpropagates from a random linear function of
+all results. The peers are a free-form dense network with as many parameters (two hidden layers, softplus), with its
+trace by batched vector-Jacobian products, as zuko's CNF takes it, and by one Hutchinson probe, as FFJORD does.
+
+    python -m pyro_hollow.experiments.speed
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_hollow.nn import HollowNN
+from pyro_hollow.ode import Solver
+from pyro_hollow.ops import dimwise_derivatives
+from pyro_hollow.transforms import FreeFormCNF, FreeFormNN, HollowCNF
+
+EVALUATIONS = 8
+CONDITIONERS = ("grouped", "masked", "leave-one-out")
+Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def free_form_peer(d: int, parameters: int) -> FreeFormNN:
+    """
+    A free-form network with two hidden layers of equal width and about as many parameters.
+
+    :param int d: the number of coordinates.
+    :param int parameters: the number of parameters.
+    """
+    b = 2 * d + 3  # w^2 + (2 d + 3) w + d parameters for layers d + 1 -> w -> w -> d
+    width = round((math.sqrt(b * b + 4 * (parameters - d)) - b) / 2)
+    return FreeFormNN(d, 0, [width, width])
+
+
+def hollow_field(net: HollowNN) -> Callable[[], Evaluate]:
+    """The hollow field alone."""
+    return lambda: _tuple(net.bind())
+
+
+def _tuple(field: Callable[[Tensor, Tensor], Tensor]) -> Evaluate:
+    return lambda t, x: (field(t, x),)
+
+
+def hollow_divergence(net: HollowNN) -> Callable[[], Evaluate]:
+    """The hollow field with its divergence in closed form."""
+    return lambda: net.bind().with_divergence
+
+
+def source_divergence(net: HollowNN) -> Callable[[], Evaluate]:
+    """The same, with the divergence by a backward pass through the transformer: the source's way."""
+
+    def bind() -> Evaluate:
+        conditioner, transformer = net.conditioner.bind(), net.transformer.bind()
+
+        def evaluate(t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            f, diagonal = dimwise_derivatives(
+                lambda x, h: transformer.derivatives(t, x, h, 0)[0], x, conditioner(t, x), 1
+            )
+            return f, diagonal.sum(-1)
+
+        return evaluate
+
+    return bind
+
+
+def free_form_divergence(net: nn.Module, divergence: str) -> Callable[[], Evaluate]:
+    """The free-form field with its divergence by a method of :class:`~pyro_hollow.transforms.FreeFormCNF`."""
+    return lambda: FreeFormCNF(net, divergence=divergence)._bind().with_divergence
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, float]:
+    """
+    The median time of each candidate in seconds, taking turns.
+
+    :param candidates: functions by name.
+    :param int repeats: the number of turns, after one that does not count.
+    :param str label: what to show beside the progress bar.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in tqdm(range(repeats + 1), desc=label, leave=False):
+        for name, function in candidates.items():
+            begin = time.perf_counter()
+            function()
+            if turn:
+                times[name].append(time.perf_counter() - begin)
+    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+
+
+def _forward(bind: Callable[[], Evaluate], x: Tensor) -> Callable[[], None]:
+    t = x.new_tensor(0.3)
+
+    @torch.no_grad()
+    def function() -> None:
+        evaluate = bind()
+        for _ in range(EVALUATIONS):
+            evaluate(t, x)
+
+    return function
+
+
+def _forward_backward(bind: Callable[[], Evaluate], x: Tensor, evaluations: int) -> Callable[[], None]:
+    t, x = x.new_tensor(0.3), x.clone().requires_grad_()
+    weights = torch.randn_like(x), torch.randn_like(x[..., 0])
+
+    def function() -> None:
+        evaluate = bind()
+        loss = x.new_zeros(())
+        for _ in range(evaluations):
+            for value, weight in zip(evaluate(t, x), weights, strict=False):
+                loss = loss + (value * weight).sum()
+        loss.backward()
+
+    return function
+
+
+def divergence_over_field(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
+    """Rows: the price of the divergence relative to the field alone."""
+    lines = ["| conditioner | d | parameters | forward | forward + backward |", "|---|---|---|---|---|"]
+    for name in CONDITIONERS:
+        for d in dims:
+            net = HollowNN(d, conditioner=name)
+            x = torch.randn(batch, d)
+            binds = {"field": hollow_field(net), "divergence": hollow_divergence(net)}
+            turns = repeats if d <= 256 else max(3, repeats // 5)
+            label = f"{name}, d = {d}"
+            forward = interleaved({k: _forward(bind, x) for k, bind in binds.items()}, turns, label)
+            both = interleaved({k: _forward_backward(b, x, EVALUATIONS) for k, b in binds.items()}, turns, label)
+            ratios = [times["divergence"] / times["field"] for times in (forward, both)]
+            lines.append(f"| {name} | {d} | {_count(net):,} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    return lines
+
+
+def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
+    """Rows: how many times longer the peers take, forward + backward."""
+    lines = [
+        "| d | parameters | hollow (ms per evaluation) | autograd through the transformer | one Hutchinson probe | "
+        "exact trace |",
+        "|---|---|---|---|---|---|",
+    ]
+    for d in dims:
+        net = HollowNN(d)
+        peer = free_form_peer(d, _count(net))
+        x = torch.randn(batch, d)
+        binds = {
+            "hollow": hollow_divergence(net),
+            "source": source_divergence(net),
+            "hutchinson": free_form_divergence(peer, "hutchinson"),
+        }
+        label = f"peers, d = {d}"
+        times = interleaved({k: _forward_backward(b, x, EVALUATIONS) for k, b in binds.items()}, repeats, label)
+        cells = [f"{times[name] / times['hollow']:.2f}" for name in ("source", "hutchinson")]
+        # The exact trace takes seconds and gigabytes: one evaluation against one.
+        exact = "-"
+        if d <= 64:
+            pair = {"hollow": hollow_divergence(net), "exact": free_form_divergence(peer, "exact")}
+            alone = interleaved({k: _forward_backward(b, x, 1) for k, b in pair.items()}, max(3, repeats // 8), label)
+            exact = f"{alone['exact'] / alone['hollow']:.0f}"
+        milliseconds = times["hollow"] / EVALUATIONS * 1e3
+        lines.append(
+            f"| {d} | {_count(net):,} / {_count(peer):,} | {milliseconds:.2f} | {' | '.join(cells)} | {exact} |"
+        )
+    return lines
+
+
+def _count(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+MEMORY_CASES = ("hollow", "hutchinson", "exact")
+
+
+def memory_of_step(case: str, adjoint: bool, d: int, batch: int) -> tuple[float, float]:
+    """
+    Peak memory (MiB, beyond what is held before it) and seconds of one training step of a density, for a fresh process.
+
+    :param str case: "hollow", or the free-form peer's "hutchinson" or "exact".
+    :param bool adjoint: gradients by the adjoint method instead of backpropagation through the solver.
+    :param int d: the number of coordinates.
+    :param int batch: the batch size.
+    """
+    net = HollowNN(d)
+    solver = Solver("rk4", options={"step_size": 0.25}, adjoint=adjoint)
+    transform: HollowCNF | FreeFormCNF = HollowCNF(net, solver=solver)
+    if case != "hollow":
+        transform = FreeFormCNF(free_form_peer(d, _count(net)), divergence=case, solver=solver)
+    x = torch.randn(batch, d)
+    torch.randn(2, 2, requires_grad=True).mm(torch.randn(2, 2)).sum().backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.perf_counter()
+    z, ladj = transform.inv(x), None
+    ladj = transform.log_abs_det_jacobian(z, x)
+    (z.pow(2).sum(-1) / 2 + ladj).mean().backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, time.perf_counter() - begin
+
+
+def memory_table(d: int, batch: int, threads: int) -> list[str]:
+    """Rows: peak memory of a training step, each measured in a process of its own."""
+    lines = ["| divergence | backpropagation (MiB) | adjoint (MiB) |", "|---|---|---|"]
+    for case in tqdm(MEMORY_CASES, desc="memory", leave=False):
+        cells = []
+        for adjoint in (False, True):
+            code = (
+                f"import torch; torch.set_num_threads({threads}); from pyro_hollow.experiments.speed import *; "
+                f"print(memory_of_step({case!r}, {adjoint}, {d}, {batch})[0])"
+            )
+            output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+            cells.append(f"{float(output):.0f}")
+        lines.append(f"| {case} | {cells[0]} | {cells[1]} |")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the experiment; see ``--help``."""
+    parser = argparse.ArgumentParser(
+        "python -m pyro_hollow.experiments.speed", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--dims", nargs="+", type=int, default=[16, 64, 256, 1024], help="dimensions d")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples a batch (default: 256)")
+    parser.add_argument("--repeats", type=int, default=25, help="repetitions (default: 25)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, CPU, {args.threads} threads, float32, batch {args.batch_size}\n")
+    print("Time of the field with its divergence, relative to the field alone:\n")
+    print("\n".join(divergence_over_field(args.dims, args.batch_size, args.repeats)), flush=True)
+    print("\nTime of the peers relative to the hollow field with divergence, forward + backward:\n")
+    small = [d for d in args.dims if d <= 256]
+    print("\n".join(peers_over_hollow(small, args.batch_size, args.repeats)), flush=True)
+    print("\nPeak memory of a training step of a density (rk4, 4 steps), d = 64:\n")
+    print("\n".join(memory_table(64, args.batch_size, args.threads)))
+
+
+if __name__ == "__main__":
+    main()
