@@ -57,7 +57,6 @@ class Config:
     warmup: int
     latent_dim: int
     hidden_dim: int
-    context_dim: int
     batch_size: int
     lr: float
     num_samples: int
@@ -106,20 +105,18 @@ class VAE(nn.Module):
 
     :param int pixels: Number of pixels of an image
     :param int latent_dim: Dimension of the latent variable
-    :param int hidden_dim: Width of the two hidden layers of encoder and decoder
-    :param int context_dim: Dimension of the flow's context
+    :param int hidden_dim: Width of the two hidden layers of encoder and decoder, and so of the flow's context
     :param str flow: Name of the posterior's flow; see :func:`make_flow`
     """
 
-    def __init__(self, pixels: int, latent_dim: int, hidden_dim: int, context_dim: int, flow: str) -> None:
+    def __init__(self, pixels: int, latent_dim: int, hidden_dim: int, flow: str) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.encoder = nn.Sequential(
             nn.Linear(pixels, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU()
         )
         self.to_base = nn.Linear(hidden_dim, 2 * latent_dim)
-        self.to_context = nn.Linear(hidden_dim, context_dim)
-        self.flow = make_flow(flow, latent_dim, context_dim)
+        self.flow = make_flow(flow, latent_dim, hidden_dim)
         self.decoder = nn.Sequential(
             nn.Linear(latent_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(),
             nn.Linear(hidden_dim, pixels),
@@ -149,7 +146,7 @@ class VAE(nn.Module):
         base = dist.Normal(loc, nn.functional.softplus(raw_scale) + 1e-5).to_event(1)
         if self.flow is None:
             return base
-        return dist.TransformedDistribution(base, [self.flow.condition(self.to_context(hidden))])  # type: ignore[operator]
+        return dist.TransformedDistribution(base, [self.flow.condition(hidden)])  # type: ignore[operator]
 
     def decode(self, z: Tensor) -> Tensor:
         """The probabilities of ink, with shape ``(*, pixels)``, for latent variables with shape ``(*, latent_dim)``."""
@@ -230,7 +227,7 @@ def run(config: Config, images: Images, device: torch.device) -> tuple[VAE, Resu
     pyro.clear_param_store()
     pyro.set_rng_seed(config.seed)
     pixels = images.train.shape[1]
-    vae = VAE(pixels, config.latent_dim, config.hidden_dim, config.context_dim, config.flow).to(device)
+    vae = VAE(pixels, config.latent_dim, config.hidden_dim, config.flow).to(device)
     result = Result(config, sum(p.numel() for p in vae.parameters()), math.nan, math.nan, math.nan, 0, 0)
     train(vae, images.train.to(device), config, result.history)
     result.seconds = result.history[-1]["seconds"]
@@ -372,7 +369,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, help="epochs over which the KL weight rises to 1 (default: a quarter of the epochs)")
     add("--latent-dim", type=_positive, help="dimension of the latent variable (default: 16 for digits, 64 for mnist)")
     add("--hidden-dim", type=_positive, help="width of encoder and decoder (default: 128 for digits, 512 for mnist)")
-    add("--context-dim", type=_positive, default=64, help="dimension of the flow's context (default: 64)")
     add("--batch-size", type=_positive, help="images a batch (default: 64 for digits, 128 for mnist)")
     add("--lr", type=float, default=2e-3, help="learning rate of Adamax (default: 2e-3)")
     add("--num-samples", type=_positive, default=100, metavar="K", help="importance samples an image (default: 100)")

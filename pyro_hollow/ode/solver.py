@@ -175,20 +175,20 @@ class Solver:
             )
         tensors = self._check_gradients(field, state)
         monitor = _Monitor(field, self, stats, first.shape[:-1])
-        times = first.new_tensor([t0, t1], dtype=first.real.dtype)
+        times = first.new_tensor([t0, t1], dtype=first.dtype)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="Functional iteration did not converge")
                 result = self._odeint(monitor, state, times, tensors)
         except AssertionError as error:  # how torchdiffeq reports all that goes wrong in a solve
-            raise monitor.failure(str(error)) from None
+            raise monitor.failure(str(error)) from error
         except UserWarning as error:
             if "Functional iteration" not in str(error):
                 raise
-            raise monitor.failure(str(error)) from None
+            raise monitor.failure(str(error)) from error
         end = result[-1] if isinstance(result, Tensor) else tuple(part[-1] for part in result)
         if not all(bool(torch.isfinite(part).all()) for part in _parts(end)):
-            raise monitor.first_non_finite(state, times) from None
+            raise monitor.first_non_finite(state, times)
         monitor.forget()
         if self.adjoint:
             for part in _parts(end):
