@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def read_idx(path: Path, checksum: str | None = None) -> np.ndarray:
     except (OSError, EOFError, struct.error, zlib.error) as error:
         raise DataError(f"{path} is not a complete gzipped IDX file ({error}); {told}") from error
     data = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dims)
-    if zero != 0 or kind != 8 or data.size != int(np.prod(shape)):
+    if zero != 0 or kind != 8 or data.size != math.prod(shape):
         raise DataError(
             f"{path} is not an IDX file of bytes with shape {shape}: it holds {data.size} bytes of data; {told}"
         )

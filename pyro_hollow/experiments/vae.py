@@ -291,7 +291,7 @@ def draw_images(vae: VAE, images: Images, folder: Path, device: torch.device) ->
     for (name, title), grid in zip(titles.items(), (pairs, samples), strict=True):
         height, width = images.shape
         tiles = nn.functional.pad(grid.view(*grid.shape[:2], height, width), (1, 1, 1, 1), value=0.5)
-        picture = tiles.permute(0, 2, 1, 3).reshape(grid.shape[0] * (height + 2), -1).cpu()
+        picture = tiles.permute(0, 2, 1, 3).reshape(grid.shape[0] * (height + 2), -1).cpu().numpy()
         fig, ax = plt.subplots(figsize=(9, 9 * picture.shape[0] / picture.shape[1] + 0.4), layout="constrained")
         ax.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
         ax.set_title(title)
@@ -355,6 +355,27 @@ def _positive(text: str) -> int:
     return value
 
 
+def _at_least_0(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, but got {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, but got {value}")
+    return value
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {error}") from error
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -364,16 +385,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--flow", nargs="+", choices=FLOWS, default=["hollow"], help="posteriors to train (default: hollow)")
     add("--data", choices=DATASETS, default="digits", help="data set (default: digits, which needs no download)")
     add("--data-dir", type=Path, help="folder with the four IDX files of MNIST; without it they are downloaded")
-    add("--seed", nargs="+", type=int, default=[0], help="seeds (default: 0)")
+    add("--seed", nargs="+", type=_at_least_0, default=[0], help="seeds (default: 0)")
     add("--epochs", type=_positive, help="epochs (default: 100 for digits, 20 for mnist)")
-    add("--warmup", type=int, help="epochs over which the KL weight rises to 1 (default: a quarter of the epochs)")
+    add(
+        "--warmup",
+        type=_at_least_0,
+        help="epochs over which the KL weight rises to 1 (default: a quarter of the epochs)",
+    )
     add("--latent-dim", type=_positive, help="dimension of the latent variable (default: 16 for digits, 64 for mnist)")
     add("--hidden-dim", type=_positive, help="width of encoder and decoder (default: 128 for digits, 512 for mnist)")
     add("--batch-size", type=_positive, help="images a batch (default: 64 for digits, 128 for mnist)")
-    add("--lr", type=float, default=2e-3, help="learning rate of Adamax (default: 2e-3)")
+    add("--lr", type=_rate, default=2e-3, help="learning rate of Adamax (default: 2e-3)")
     add("--num-samples", type=_positive, default=100, metavar="K", help="importance samples an image (default: 100)")
     add("--output", type=Path, default=Path("results/vae"), help="folder for models and figures (default: results/vae)")
-    add("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    add("--device", type=_device, default="cpu", help="cpu, cuda, ... (default: cpu)")
     return parser
 
 
@@ -396,8 +421,6 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     args = parser.parse_args(argv)
     results = []
     try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
         images = load_images(args.data, args.data_dir)
         for seed in args.seed:
             for flow in args.flow:
@@ -407,12 +430,10 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
                 (folder / "result.json").touch()
                 result = _finished(folder, config)
                 if result is None:
-                    vae, result = run(config, images, device)
-                    save(vae, result, images, folder, device)
+                    vae, result = run(config, images, args.device)
+                    save(vae, result, images, folder, args.device)
                 results.append(result)
-    except (DataError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, DataError) and "device" not in str(error).lower():
-            raise
+    except (DataError, OSError) as error:
         parser.error(str(error))
     draw_training(results, args.output / args.data / "training.png")
     print(f"{args.data}, test images, nats per image (lower is better):\n\n{format_table(results)}\n")

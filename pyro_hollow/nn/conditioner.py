@@ -114,7 +114,7 @@ class _Offset(nn.Module):
         """``rate`` times the offset at time 0, of shape ``(units, 1 or *context_batch)``, and its slope."""
         offset: Tensor = self.bias
         if self.context_weight is not None and context is not None:
-            projected = columns(context @ self.context_weight.mT).view(-1, *context.shape[:-1])
+            projected = columns(context @ self.context_weight.mT).view(self.bias.shape[0], *context.shape[:-1])
             offset = projected + self.bias.view(-1, *(1,) * (context.dim() - 1))
         return offset * rate, self.time_weight * rate
 
@@ -186,7 +186,7 @@ class GroupedConditioner(Conditioner):
 
         def function(t: Tensor, x: Tensor) -> Tensor:
             z = torch.addmm(flatten_offset(offset, 1, x.shape[:-1]), weight, _with_time(t, x))
-            h = s.apply(z).view(self.input_dim, -1, z.shape[-1])
+            h = s.apply(z).view(self.input_dim, z.shape[0] // self.input_dim, z.shape[-1])
             for bias, w in layers:
                 h = s.apply(torch.baddbmm(bias, w, h))
             return _from_columns(h, x.shape[:-1])
@@ -250,7 +250,7 @@ class MaskedConditioner(Conditioner):
             h = s.apply(torch.baddbmm(z, weight, torch.stack([forward, backward])))
             for bias, w in layers:
                 h = s.apply(torch.baddbmm(bias, w, h))
-            left, right = h.view(2, self.input_dim, -1, h.shape[-1])
+            left, right = h.view(2, self.input_dim, self.hidden_dim // 2, h.shape[-1])
             return _from_columns(torch.cat([left, right.flip(0)], dim=1), x.shape[:-1])
 
         return BoundConditioner(function, (weight, offset, *chain.from_iterable(layers)))

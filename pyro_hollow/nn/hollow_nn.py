@@ -29,7 +29,8 @@ class HollowField:
         method needs them; none of them depends on another.
     """
 
-    def __init__(self, conditioner: BoundConditioner, transformer: BoundTransformer) -> None:
+    def __init__(self, input_dim: int, conditioner: BoundConditioner, transformer: BoundTransformer) -> None:
+        self._input_dim = input_dim
         self._conditioner = conditioner
         self._transformer = transformer
         distinct = {id(tensor): tensor for tensor in (*conditioner.tensors, *transformer.tensors)}
@@ -62,7 +63,12 @@ class HollowField:
         :param Tensor x: the state with shape ``(*, d)``.
         :param int order: the highest order k.
         :returns: ``(f, D1, ..., Dk)``, each with shape ``(*, d)``.
+        :raises ValueError: for a state of another size or a negative order.
         """
+        if x.dim() == 0 or x.shape[-1] != self._input_dim:
+            raise ValueError(f"x must have shape (*, {self._input_dim}), but got {tuple(x.shape)}")
+        if order < 0:
+            raise ValueError(f"order must be 0 or more, but got {order}")
         return self._transformer.derivatives(t, x, self._conditioner(t, x), order)
 
 
@@ -159,7 +165,7 @@ class ConditionalHollowNN(nn.Module):
             raise ValueError(f"context is missing: this network needs one of shape (*, {self.context_dim})")
         elif context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(f"context must have shape (*, {self.context_dim}), but got {tuple(context.shape)}")
-        return HollowField(self.conditioner.bind(context), self.transformer.bind(context))
+        return HollowField(self.input_dim, self.conditioner.bind(context), self.transformer.bind(context))
 
 
 class HollowNN(ConditionalHollowNN):
@@ -230,14 +236,15 @@ def _check_conditioner(conditioner: Conditioner, input_dim: int, context_dim: in
     with torch.enable_grad():
         # Sample i asks for h_i alone, so one backward pass tests all coordinates.
         x = torch.randn(input_dim, input_dim, dtype=like.dtype, device=like.device, requires_grad=True)
-        context = x.new_zeros(context_dim) if context_dim else None
-        h = conditioner(x.new_zeros(()), x, context)
+        context = torch.randn(context_dim, dtype=like.dtype, device=like.device) if context_dim else None
+        h = conditioner(x.new_tensor(0.3), x, context)
         if h.shape != (input_dim, input_dim, conditioner.hidden_dim):
             raise ValueError(
                 f"conditioner must map (*, {input_dim}) to (*, {input_dim}, {conditioner.hidden_dim}), "
                 f"but mapped {tuple(x.shape)} to {tuple(h.shape)}"
             )
-        own = h.diagonal().sum()
+        own = h.diagonal()
+        own = (own * torch.randn_like(own)).sum()
         gradient = torch.autograd.grad(own, x, allow_unused=True)[0] if own.requires_grad else None
     if gradient is not None and (leaks := gradient.diagonal().nonzero().flatten().tolist()):
         raise ValueError(f"conditioner is not hollow: h_i depends on x_i for i in {leaks}")

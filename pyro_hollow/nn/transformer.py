@@ -137,7 +137,7 @@ class _BoundClosedForm(BoundTransformer):
         s = net._activation
         offset: Tensor = net.bias
         if context is not None and net.context_weight is not None:
-            projected = columns(context @ net.context_weight.mT).view(net.input_dim, -1, *context.shape[:-1])
+            projected = columns(context @ net.context_weight.mT).view(net.input_dim, net.width + 2, *context.shape[:-1])
             offset = projected + net.bias.view(net.input_dim, -1, *(1,) * (context.dim() - 1))
         rates = net.bias.new_tensor([s.rate] * net.width + [1.0, 1.0])
         self._width = net.width
@@ -210,7 +210,7 @@ class _BoundModule(BoundTransformer):
 
     def _value(self, t: Tensor, x: Tensor, h: Tensor) -> Tensor:
         x = x.unsqueeze(-1)
-        value = self._module(torch.cat([x, t.expand_as(x), h], dim=-1))
+        value = self._module(torch.cat([x, t.to(x.dtype).expand_as(x), h], dim=-1))
         if value.shape != x.shape:
             raise ValueError(
                 f"transformer must map {tuple(h.shape[:-1])} rows of 2 + {h.shape[-1]} features to one feature each, "

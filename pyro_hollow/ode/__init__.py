@@ -3,6 +3,7 @@
 
 """Solvers of ordinary differential equations."""
 
-from .solver import METHODS, Solution, Solver, SolverError, SolverStats
+from .monitor import SolverError, SolverStats
+from .solver import METHODS, Solution, Solver
 
 __all__ = ["METHODS", "Solution", "Solver", "SolverError", "SolverStats"]

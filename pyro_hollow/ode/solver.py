@@ -15,6 +15,8 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
+from .monitor import Monitor, SolverError, SolverStats, StepMonitor, are_finite, parts
+
 __all__ = ["METHODS", "Solution", "Solver", "SolverError", "SolverStats"]
 
 State = Tensor | tuple[Tensor, ...]
@@ -39,43 +41,6 @@ METHODS: dict[str, frozenset[str]] = {
 }
 
 
-class SolverError(RuntimeError):
-    """
-    A solve that could not be finished. The message says what happened, where, and what to change.
-
-    :ivar solver: the :class:`Solver` that was used.
-    :ivar time: the time that was reached.
-    :ivar sample: the index of the worst sample in the batch.
-    :ivar nfe: the number of evaluations until then.
-    """
-
-    def __init__(
-        self, reason: str, advice: str, solver: Solver, time: float, sample: tuple[int, ...], nfe: int
-    ) -> None:
-        self.solver, self.time, self.sample, self.nfe = solver, time, sample, nfe
-        super().__init__(
-            f"{reason} at t = {time:.6g} after {nfe} evaluations (method {solver.method!r}, rtol = {solver.rtol:g}, "
-            f"atol = {solver.atol:g}); worst sample: {sample}. {advice}"
-        )
-
-
-@dataclass
-class SolverStats:
-    """
-    What a solve cost.
-
-    :ivar nfe: evaluations of the vector field in the forward solve.
-    :ivar accepted: accepted steps.
-    :ivar rejected: rejected steps; 0 for methods of fixed step.
-    :ivar nfe_backward: evaluations in the backward solve of the adjoint method, so far.
-    """
-
-    nfe: int = 0
-    accepted: int = 0
-    rejected: int = 0
-    nfe_backward: int = 0
-
-
 @dataclass(frozen=True)
 class Solution:
     """
@@ -98,12 +63,14 @@ class Solver:
     sample of the batch the root mean square of error / (atol + rtol \|x\|) stays below 1 in each part of the state (an
     average over the batch would let one hard sample drown among many easy ones), and end exactly at the end time.
     Methods of fixed step ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams") divide the
-    interval into equal steps of at most options["step_size"], by default 10 of them. "scipy_solver" is
+    interval into equal steps of at most options["step_size"], by default 10 of them; the order of the two of Adams is
+    options["max_order"], by default 4. "scipy_solver" is
     :func:`scipy.integrate.solve_ivp`, which knows no gradients except with ``adjoint=True``.
 
     Gradients come by backpropagation through the solver's operations; or with ``adjoint=True`` by solving the adjoint
-    equation backward, which needs no memory for intermediate states, but more evaluations, is accurate to solver
-    tolerance only, and cannot be differentiated again. Both reach the initial state and ``field.tensors``.
+    equation backward ("implicit_adams" is followed by "rk4" there), which needs no memory for intermediate states, but
+    more evaluations, is accurate to solver tolerance only, and cannot be differentiated again. Both reach the initial
+    state and ``field.tensors``.
 
     :param str method: a name in :data:`METHODS`.
     :param float rtol: relative tolerance of adaptive methods.
@@ -164,9 +131,10 @@ class Solver:
             max_nfe evaluations.
         :raises RuntimeError: if an adaptive solve is traced: the trace would repeat the steps of this one input.
         """
-        first = state if isinstance(state, Tensor) else state[0]
+        first = parts(state)[0]
         stats = SolverStats()
-        if first.numel() == 0 or t0 == t1:
+        times = torch.tensor([t0, t1], dtype=first.dtype)
+        if first.numel() == 0 or bool(times[0] == times[1]):
             return Solution(state, stats)
         if torch.jit.is_tracing() and self.adaptive:
             raise RuntimeError(
@@ -174,50 +142,68 @@ class Solver:
                 "those of the example. Use a method of fixed step, for example Solver('rk4')."
             )
         tensors = self._check_gradients(field, state)
-        monitor = _Monitor(field, self, stats, first.shape[:-1])
-        times = first.new_tensor([t0, t1], dtype=first.dtype)
+        watch = Monitor if self.method == "scipy_solver" else StepMonitor
+        monitor = watch(field, self, stats, first.shape[:-1], (t0, t1))
+        times = times.to(first.device)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message="Functional iteration did not converge")
-                result = self._odeint(monitor, state, times, tensors)
-        except AssertionError as error:  # how torchdiffeq reports all that goes wrong in a solve
-            raise monitor.failure(str(error)) from error
-        except UserWarning as error:
-            if "Functional iteration" not in str(error):
+            end = self._odeint(monitor, state, times, tensors)
+        except Exception as error:
+            # torchdiffeq asserts and warns; a failed solve of scipy is too short, which torchdiffeq does not expect.
+            known = isinstance(error, (AssertionError, UserWarning)) or self.method == "scipy_solver"
+            message = f"{error} (scipy)" if self.method == "scipy_solver" else str(error)
+            failure = monitor.explain(message) if known and not monitor.field_failed else None
+            if failure is None or isinstance(error, SolverError):
                 raise
-            raise monitor.failure(str(error)) from error
-        end = result[-1] if isinstance(result, Tensor) else tuple(part[-1] for part in result)
-        if not all(bool(torch.isfinite(part).all()) for part in _parts(end)):
-            raise monitor.first_non_finite(state, times)
+            raise failure from error
+        if not are_finite(end):
+            raise monitor.first_non_finite(lambda probe: self._odeint(probe, state, times, None))
         monitor.forget()
         if self.adjoint:
-            for part in _parts(end):
+            for part in parts(end):
                 if part.requires_grad:
                     part.register_hook(_refuse_second_derivative)
         return Solution(end, stats)
 
-    def _odeint(self, monitor: _Monitor, state: State, times: Tensor, tensors: tuple[Tensor, ...]) -> Any:
-        options = self._options(monitor.batch_shape, times)
-        settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
-        if not self.adjoint:
-            return torchdiffeq.odeint(monitor, state, times, **settings, options=options)
+    def _odeint(self, func: VectorField, state: State, times: Tensor, tensors: tuple[Tensor, ...] | None) -> State:
+        """The state at the end; with the adjoint method if tensors are given and it is wanted."""
+        options = self._options(parts(state)[0].dim() - 1, times)
+        settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": options}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Functional iteration did not converge")
+            warnings.filterwarnings("ignore", message=".*arguments have no effect", category=UserWarning)
+            if self.adjoint and tensors is not None:
+                result = torchdiffeq.odeint_adjoint(
+                    func, state, times, **settings, **self._adjoint_settings(options), adjoint_params=tensors
+                )
+            else:
+                result = torchdiffeq.odeint(func, state, times, **settings)
+        if len(parts(result)[0]) != len(times):
+            raise AssertionError("too few times")
+        return result[-1] if isinstance(result, Tensor) else tuple(part[-1] for part in result)
+
+    def _adjoint_settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        if self.method == "implicit_adams":
+            # In a backward solve a corrector that does not converge would only warn. rk4 needs none, and is stable
+            # wherever the functional iteration of the corrector converges.
+            names = METHODS["rk4"]
+            return {"adjoint_method": "rk4", "adjoint_options": {k: v for k, v in options.items() if k in names}}
         adjoint_options = {name: value for name, value in options.items() if name != "norm"}
         if self.adaptive:
             adjoint_options["norm"] = "seminorm"
-        return torchdiffeq.odeint_adjoint(
-            monitor, state, times, **settings, options=options, adjoint_options=adjoint_options, adjoint_params=tensors
-        )
+        return {"adjoint_options": adjoint_options}
 
-    def _options(self, batch_shape: torch.Size, times: Tensor) -> dict[str, Any]:
+    def _options(self, batch_dims: int, times: Tensor) -> dict[str, Any]:
         options = dict(self.options)
         if self.adaptive:
-            options.setdefault("norm", _per_sample_norm(len(batch_shape)))
+            options.setdefault("norm", _per_sample_norm(batch_dims))
             # Without it torchdiffeq steps past the end and interpolates back, with an error that no tolerance controls.
             ends = [times] if "step_t" not in options else [times, torch.as_tensor(options["step_t"]).to(times)]
             options["step_t"] = torch.cat(ends).unique()
         elif self.method != "scipy_solver" and "grid_constructor" not in options:
             step_size = options.pop("step_size", None)
             options["grid_constructor"] = lambda func, y0, t: _equal_steps(t, step_size)
+        if self.method in _ADAMS:
+            options.setdefault("max_order", 4)  # torchdiffeq's 12 is unstable: smaller steps make it worse
         return options
 
     def _check_gradients(self, field: VectorField, state: State) -> tuple[Tensor, ...]:
@@ -230,134 +216,11 @@ class Solver:
             )
         tensors = tuple(tensor for tensor in tensors or () if tensor.requires_grad)
         if self.method == "scipy_solver" and not self.adjoint and torch.is_grad_enabled():
-            if tensors or any(part.requires_grad for part in _parts(state)):
+            if tensors or any(part.requires_grad for part in parts(state)):
                 raise ValueError(
                     "method 'scipy_solver' has no gradients of its own: use adjoint=True or torch.no_grad()"
                 )
         return tensors
-
-
-class _Monitor:
-    """The vector field as torchdiffeq sees it: counts evaluations and steps, and remembers where the solve is."""
-
-    def __init__(self, field: VectorField, solver: Solver, stats: SolverStats, batch_shape: torch.Size) -> None:
-        self.field = field
-        self.solver = solver
-        self.stats = stats
-        self.batch_shape = batch_shape
-        self._last: tuple[Tensor, State] | None = None
-        self._backward = False
-        # Only the callbacks that the method knows, for torchdiffeq warns of the others.
-        if solver.adaptive:
-            self.callback_accept_step = self._accept
-            self.callback_reject_step = self._reject
-        elif solver.method != "scipy_solver":
-            self.callback_step = self._accept
-
-    def __call__(self, t: Tensor, state: Any) -> State:
-        stats = self.stats
-        if self._backward:
-            stats.nfe_backward += 1
-        else:
-            stats.nfe += 1
-        derivative = self.field(t, state)
-        self._last = (t, derivative)
-        if max(stats.nfe, stats.nfe_backward) > self.solver.max_nfe:
-            raise self._error(
-                f"solve needs more than max_nfe = {self.solver.max_nfe} evaluations",
-                "The field may be stiff or diverging: raise rtol and atol, raise max_nfe, take a Solver of fixed step, "
-                "or train with a lower learning rate or clipped gradients.",
-            )
-        return derivative
-
-    def _accept(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.stats.accepted += 1
-
-    def _reject(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.stats.rejected += 1
-
-    def forget(self) -> None:
-        """The forward solve is over: keeps no tensor alive, and counts what follows as backward."""
-        self._last = None
-        self._backward = True
-
-    def failure(self, message: str) -> SolverError:
-        """Translates a failure that torchdiffeq reports."""
-        if "non-finite" in message or not self._is_finite():
-            return self._error(
-                "state became non-finite",
-                "The field diverges or overflows: check the inputs, train with a lower learning rate or clipped "
-                "gradients, or use float64.",
-            )
-        if "underflow" in message:
-            return self._error(
-                "step size underflowed",
-                "The field has a singularity or is too stiff for this tolerance: raise rtol and atol (float32 resolves "
-                "about 1e-6, use float64 below), or take a Solver of fixed step.",
-            )
-        if "max_num_steps" in message:
-            return self._error("solve needs more than max_num_steps steps", "Raise max_num_steps, rtol or atol.")
-        if "Functional iteration" in message:
-            return self._error(
-                "the corrector of implicit_adams did not converge",
-                "Take smaller steps: lower options['step_size'], or raise options['max_iters'].",
-            )
-        return self._error(f"solve failed ({message})", "Check the times, options and tolerances of the Solver.")
-
-    def first_non_finite(self, state: State, times: Tensor) -> SolverError:
-        """Solves once more to find where a state first became non-finite; methods of fixed step do not look."""
-        probe = _Probe(self)
-        try:
-            with torch.no_grad():
-                torchdiffeq.odeint(
-                    probe, state, times, rtol=self.solver.rtol, atol=self.solver.atol, method=self.solver.method,
-                    options=self.solver._options(self.batch_shape, times),
-                )  # fmt: skip
-        except _Found:
-            pass
-        self._last = probe.last
-        return self.failure("non-finite")
-
-    def _is_finite(self) -> bool:
-        return self._last is None or all(bool(torch.isfinite(part).all()) for part in _parts(self._last[1]))
-
-    def _error(self, reason: str, advice: str) -> SolverError:
-        if self._last is None:
-            return SolverError(reason, advice, self.solver, math.nan, (), self.stats.nfe)
-        t, derivative = self._last
-        with torch.no_grad():
-            parts = [part.detach().reshape(*self.batch_shape, -1) for part in _parts(derivative)]
-            size = torch.cat(parts, dim=-1).abs().nan_to_num(nan=math.inf, posinf=math.inf).amax(-1)
-        worst = int(size.argmax())
-        sample = []
-        for length in reversed(self.batch_shape):
-            worst, index = divmod(worst, length)
-            sample.append(index)
-        nfe = self.stats.nfe + self.stats.nfe_backward
-        return SolverError(reason, advice, self.solver, float(t), tuple(reversed(sample)), nfe)
-
-
-class _Found(Exception):
-    pass
-
-
-class _Probe:
-    """Stops at the first evaluation whose state or derivative is not finite."""
-
-    def __init__(self, monitor: _Monitor) -> None:
-        self._monitor = monitor
-        self.last: tuple[Tensor, State] | None = None
-
-    def __call__(self, t: Tensor, state: Any) -> State:
-        derivative = self._monitor.field(t, state)
-        self.last = (t, derivative)
-        if not all(bool(torch.isfinite(part).all()) for part in (*_parts(state), *_parts(derivative))):
-            raise _Found
-        return derivative
-
-
-def _parts(state: State) -> tuple[Tensor, ...]:
-    return (state,) if isinstance(state, Tensor) else state
 
 
 def _refuse_second_derivative(gradient: Tensor) -> None:
@@ -372,7 +235,8 @@ def _per_sample_norm(batch_dims: int) -> Callable[[State], Tensor]:
     def norm(state: State) -> Tensor:
         sizes = [
             part.abs() if part.dim() == batch_dims else part.flatten(batch_dims).pow(2).mean(-1).sqrt()
-            for part in _parts(state)
+            for part in parts(state)
+            if part.numel()
         ]
         return torch.stack([size.max() for size in sizes]).max()
 

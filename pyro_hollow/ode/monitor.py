@@ -1,0 +1,245 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Watches a solve from inside: what it costs, and, should it fail, where and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .solver import Solver, State, VectorField
+
+
+class SolverError(RuntimeError):
+    """
+    A solve that could not be finished. The message says what happened, where, and what to change.
+
+    :ivar solver: the :class:`Solver` that was used.
+    :ivar time: the time that was reached.
+    :ivar sample: the index of the worst sample in the batch.
+    :ivar nfe: the number of evaluations until then.
+    """
+
+    # Only the message is positional: Pyro's handlers and pickle make a copy of an error from its message alone.
+    def __init__(
+        self,
+        message: str,
+        *,
+        solver: Solver | None = None,
+        time: float = math.nan,
+        sample: tuple[int, ...] = (),
+        nfe: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.solver, self.time, self.sample, self.nfe = solver, time, sample, nfe
+
+
+@dataclass
+class SolverStats:
+    """
+    What a solve cost.
+
+    :ivar nfe: evaluations of the vector field in the forward solve.
+    :ivar accepted: accepted steps.
+    :ivar rejected: rejected steps; 0 for methods of fixed step.
+    :ivar nfe_backward: evaluations in the backward solve of the adjoint method, so far.
+    """
+
+    nfe: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    nfe_backward: int = 0
+
+
+#: What can go wrong: a word in torchdiffeq's message to what we say and advise.
+_FAILURES = {
+    "non-finite": (
+        "state became non-finite",
+        "The field diverges or overflows: check the inputs, train with a lower learning rate or clipped gradients, or "
+        "use float64.",
+    ),
+    "underflow": (
+        "step size underflowed",
+        "The field has a singularity or is too stiff for this tolerance: raise rtol and atol (float32 resolves about "
+        "1e-6, use float64 below), or take a Solver of fixed step.",
+    ),
+    "max_nfe": (
+        "solve needs more than max_nfe evaluations",
+        "The field may be stiff or diverging: raise rtol and atol, raise max_nfe, take a Solver of fixed step, or "
+        "train with a lower learning rate or clipped gradients.",
+    ),
+    "max_num_steps": (
+        "solve needs more than max_num_steps steps",
+        "Raise options['max_num_steps'], rtol or atol.",
+    ),
+    "Functional iteration": (
+        "the corrector of implicit_adams did not converge",
+        "Take smaller steps: lower options['step_size'], or raise options['max_iters'].",
+    ),
+    "scipy": (
+        "scipy's solver did not reach the end",
+        "The field may be singular, stiff or not finite: raise rtol and atol, or name another of scipy's methods in "
+        "options['solver'].",
+    ),
+}
+
+
+class Monitor:
+    """
+    The vector field as torchdiffeq sees it: counts evaluations and steps, keeps time within the interval, and remembers
+    where the solve is.
+    """
+
+    def __init__(
+        self,
+        field: VectorField,
+        solver: Solver,
+        stats: SolverStats,
+        batch_shape: torch.Size,
+        times: tuple[float, float],
+    ) -> None:
+        self.field = field
+        self.solver = solver
+        self.stats = stats
+        self.batch_shape = batch_shape
+        #: Whether the field itself raised an error, which then is none of the solver's.
+        self.field_failed = False
+        self._interval = min(times), max(times)
+        self._last: tuple[Tensor, State] | None = None
+        self._backward = False
+
+    def __call__(self, t: Tensor, state: Any) -> State:
+        if self.solver.adaptive:  # they look for a first step of any length
+            t = t.clamp(*self._interval)
+        try:
+            derivative = self.field(t, state)
+        except Exception:
+            self.field_failed = True
+            raise
+        self._last = (t, derivative)
+        count = self._count()
+        if count > self.solver.max_nfe:
+            raise self.failure("max_nfe")
+        if count == 1 and not self._is_finite():  # it would spoil the first step, and with it time and state
+            raise self.failure("non-finite")
+        return derivative
+
+    def _count(self) -> int:
+        if self._backward:
+            self.stats.nfe_backward += 1
+            return self.stats.nfe_backward
+        self.stats.nfe += 1
+        return self.stats.nfe
+
+    def forget(self) -> None:
+        """The forward solve is over: keeps no tensor alive, and counts what follows as backward."""
+        self._last = None
+        self._backward = True
+
+    def explain(self, message: str) -> SolverError | None:
+        """Translates what torchdiffeq says of a failure; None if it is not one of a solve."""
+        if not self._is_finite():
+            return self.failure("non-finite")
+        return next((self.failure(word) for word in _FAILURES if word in message), None)
+
+    def first_non_finite(self, solve: Callable[[VectorField], object]) -> SolverError:
+        """Solves once more to find where a state first became non-finite; methods of fixed step do not look."""
+        probe = _Probe(self.field)
+        try:
+            with torch.no_grad():
+                solve(probe)
+        except _Found:
+            self._last = probe.last
+        return self.failure("non-finite")
+
+    def _is_finite(self) -> bool:
+        return self._last is None or are_finite(self._last[1])
+
+    def failure(self, word: str) -> SolverError:
+        """The error for an entry of the table above."""
+        reason, advice = _FAILURES[word]
+        time, sample = math.nan, (0,) * len(self.batch_shape)
+        if self._last is not None:
+            time, sample = float(self._last[0].detach()), self._worst_sample(self._last[1])
+        solver, nfe = self.solver, self.stats.nfe + self.stats.nfe_backward
+        return SolverError(
+            f"{reason} at t = {time:.6g} after {nfe} evaluations (method {solver.method!r}, rtol = {solver.rtol:g}, "
+            f"atol = {solver.atol:g}, max_nfe = {solver.max_nfe}); worst sample: {sample}. {advice}",
+            solver=solver,
+            time=time,
+            sample=sample,
+            nfe=nfe,
+        )
+
+    def _worst_sample(self, derivative: State) -> tuple[int, ...]:
+        rows = [part.detach().reshape(self.batch_shape.numel(), -1) for part in parts(derivative)]
+        size = torch.cat(rows, dim=-1).abs().nan_to_num(nan=math.inf, posinf=math.inf).amax(-1)
+        worst, sample = int(size.argmax()), []
+        for length in reversed(self.batch_shape):
+            worst, index = divmod(worst, length)
+            sample.append(index)
+        return tuple(reversed(sample))
+
+
+class StepMonitor(Monitor):
+    """For methods that tell of their steps, which those of scipy do not. torchdiffeq finds the callbacks by name."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # Closures rather than methods, which would make a cycle that keeps the field alive; and only those that the
+        # method knows, for torchdiffeq warns of the others.
+        if self.solver.adaptive:
+            self.callback_accept_step = _counter(self.stats, "accepted")
+            self.callback_reject_step = _counter(self.stats, "rejected")
+        else:
+            self.callback_step = _counter(self.stats, "accepted")
+
+    def callback_step_adjoint(self, t0: Tensor, state: tuple[Tensor, ...], dt: Tensor) -> None:
+        """Looks at what torchdiffeq is about to assert in the backward solve, where no one could translate it."""
+        if not are_finite(state):
+            raise self.failure("non-finite")
+        if t0 + dt == t0:
+            raise self.failure("underflow")
+
+
+def _counter(stats: SolverStats, name: str) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def callback(t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        setattr(stats, name, getattr(stats, name) + 1)
+
+    return callback
+
+
+class _Found(Exception):
+    pass
+
+
+class _Probe:
+    """Stops at the first evaluation whose state or derivative is not finite."""
+
+    def __init__(self, field: VectorField) -> None:
+        self._field = field
+        self.last: tuple[Tensor, State] | None = None
+
+    def __call__(self, t: Tensor, state: Any) -> State:
+        derivative = self._field(t, state)
+        self.last = (t, derivative)
+        if not (are_finite(state) and are_finite(derivative)):
+            raise _Found
+        return derivative
+
+
+def parts(state: State) -> tuple[Tensor, ...]:
+    """The tensors of a state."""
+    return (state,) if isinstance(state, Tensor) else state
+
+
+def are_finite(state: State) -> bool:
+    """Whether all elements of a state are finite."""
+    return all(bool(torch.isfinite(part).all()) for part in parts(state))
