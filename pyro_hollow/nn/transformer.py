@@ -199,7 +199,9 @@ class _BoundModule(BoundTransformer):
             return (self._value(t, x, h),)
         # The module gets an alias of x of its own, so that the gradient sees the direct path only; h is not detached,
         # or the conditioner would lose the gradient of the derivatives.
-        create_graph = torch.is_grad_enabled()
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("torch.inference_mode() leaves no derivatives to take; use torch.no_grad()")
+        create_graph = torch.is_grad_enabled() and any(v.requires_grad for v in (x, h, *self.tensors))
         with torch.enable_grad():
             alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             results = [self._value(t, alias, h)]

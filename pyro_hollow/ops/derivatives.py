@@ -44,16 +44,19 @@ def dimwise_derivatives(transformer: Transformer, x: Tensor, h: Tensor, order: i
     :param int order: the highest order, 0 or more.
     :returns: ``(f, D1, ..., Dk)``, each with shape ``(*, d)``; differentiable where gradients are enabled.
     :raises ValueError: if order is negative.
+    :raises RuntimeError: in inference mode, where nothing can be differentiated.
 
     Example usage:
 
     >>> x = torch.tensor([1., 2.])
     >>> f, d1, d2 = dimwise_derivatives(lambda x, h: x**3 * h[..., 0], x, h=x.flip(-1).unsqueeze(-1), order=2)
-    >>> d1, d2  # 3 x_i^2 x_j and 6 x_i x_j
-    (tensor([ 6., 12.]), tensor([12., 12.]))
+    >>> d1.tolist(), d2.tolist()  # 3 x_i^2 x_j and 6 x_i x_j
+    ([6.0, 12.0], [12.0, 12.0])
     """
     if order < 0:
         raise ValueError(f"order must be 0 or more, but got {order}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode() leaves no derivatives to take; use torch.no_grad()")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
@@ -178,11 +181,8 @@ def split_jacobian(transformer: Transformer, conditioner: Conditioner, x: Tensor
 
     >>> x = torch.tensor([1., 2.])
     >>> jacobian = split_jacobian(lambda x, h: x * h[..., 0], lambda x: x.flip(-1).unsqueeze(-1), x)
-    >>> jacobian.diagonal
-    tensor([2., 1.])
-    >>> jacobian.hollow.dense()
-    tensor([[0., 1.],
-            [2., 0.]])
+    >>> jacobian.diagonal.tolist(), jacobian.hollow.dense().tolist()
+    ([2.0, 1.0], [[0.0, 1.0], [2.0, 0.0]])
     """
     return SplitJacobian(
         dimwise_derivatives(transformer, x, conditioner(x), 1)[1], HollowOperator(transformer, conditioner, x)

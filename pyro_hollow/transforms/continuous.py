@@ -43,11 +43,33 @@ class _Augmented:
         return self._field.with_divergence(t, state[0])
 
 
+class _Stamp:
+    """What must not have changed for a cached pair to be right."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], settings: tuple[Any, ...]) -> None:
+        self._tensors = tensors
+        # Type and device, as Module.to() moves parameters without a new version.
+        self._states = [(t.requires_grad, t.dtype, t.device) for t in tensors]
+        # Tensors made in inference mode do not count their changes.
+        self._versions = None if any(t.is_inference() for t in tensors) else [t._version for t in tensors]
+        self._settings = (torch.is_grad_enabled(), *settings)
+
+    def matches(self, other: _Stamp) -> bool:
+        """Whether nothing has changed from one stamp to the other."""
+        return (
+            self._versions is not None
+            and self._versions == other._versions
+            and self._states == other._states
+            and all(a is b for a, b in zip(self._tensors, other._tensors, strict=True))
+            and self._settings == other._settings
+        )
+
+
 class _Cached(NamedTuple):
     x: Tensor
     y: Tensor
     ladj: Tensor
-    stamp: tuple[Any, ...]
+    stamp: _Stamp
 
 
 class _Record:
@@ -97,8 +119,7 @@ class ConditionedCNF(Transform):
         record: _Record | None = None,
     ) -> None:
         super().__init__(cache_size=cache_size)
-        if not (time > 0 and math.isfinite(time)):
-            raise ValueError(f"time must be positive and finite, but got {time}")
+        _check_time(time)
         self.nn = nn
         self.context = context
         self.solver = solver if solver is not None else Solver()
@@ -176,6 +197,10 @@ class ConditionedCNF(Transform):
     def _integrate(self, state: Tensor, t0: float, t1: float) -> tuple[Tensor, Tensor]:
         """The state at t1 and the integral of the divergence from t0 to t1."""
         self._check(state)
+        if torch.is_inference_mode_enabled():
+            # There no derivative can be taken, not even the one that a divergence by automatic differentiation needs.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._integrate(state.clone(), t0, t1)
         ladj = state.new_zeros(state.shape[:-1])
         solution = self.solver.integrate(_Augmented(self._bind()), (state, ladj), t0, t1)
         self._record.last = solution.stats
@@ -194,6 +219,11 @@ class ConditionedCNF(Transform):
                 "convert one of them with .to()"
             )
         if self.context is not None:
+            if parameter is not None and (self.context.dtype, self.context.device) != (x.dtype, x.device):
+                raise ValueError(
+                    f"context is {self.context.dtype} on {self.context.device}, but the network is {parameter.dtype} "
+                    f"on {parameter.device}; convert it with .to()"
+                )
             batch, own = self.context.shape[:-1], x.shape[:-1]
             if len(batch) > len(own) or any(a not in (1, b) for a, b in zip(batch[::-1], own[::-1], strict=False)):
                 raise ValueError(
@@ -224,22 +254,19 @@ class ConditionedCNF(Transform):
         sibling._cache_size = cache_size
         return sibling
 
-    def _stamp(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
-        """What must not have changed for the cached pair to be right."""
-        tensors = [*self.nn.parameters(), *self.nn.buffers(), x, y]
-        if self.context is not None:
-            tensors.append(self.context)
-        # The type and the device are those of the parameters: Module.to() moves them without a new version.
-        state = tuple(
-            (-1 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device) for tensor in tensors
-        )
-        return torch.is_grad_enabled(), self.solver, self.time, x.requires_grad, y.requires_grad, state
+    def _settings(self) -> tuple[Any, ...]:
+        """What decides the result besides tensors."""
+        return self.solver, self.time
+
+    def _stamp(self, x: Tensor, y: Tensor) -> _Stamp:
+        context = () if self.context is None else (self.context,)
+        return _Stamp((*self.nn.parameters(), *self.nn.buffers(), *context, x, y), self._settings())
 
     def _lookup(self, x: Tensor | None = None, y: Tensor | None = None) -> _Cached | None:
         cached = self._cached
         if cached is None or (x is not None and x is not cached.x) or (y is not None and y is not cached.y):
             return None
-        return cached if cached.stamp == self._stamp(cached.x, cached.y) else None
+        return cached if cached.stamp.matches(self._stamp(cached.x, cached.y)) else None
 
     def _store(self, x: Tensor, y: Tensor, ladj: Tensor, outputs: tuple[Tensor, ...]) -> _Cached:
         cached = _Cached(x, y, ladj, self._stamp(x, y))
@@ -263,6 +290,11 @@ class ConditionedCNF(Transform):
         return {**super().__getstate__(), "_cached": None, "_inv": None}
 
 
+def _check_time(time: float) -> None:
+    if not (time > 0 and math.isfinite(time)):
+        raise ValueError(f"time must be positive and finite, but got {time}")
+
+
 class ConditionalCNF(ConditionalTransformModule):
     """
     A continuous normalizing flow that waits for its context. A subclass says, in :meth:`_condition`, what transform a
@@ -280,6 +312,9 @@ class ConditionalCNF(ConditionalTransformModule):
 
     def __init__(self, nn: nn.Module, *, solver: Solver | None = None, time: float = 1.0, cache_size: int = 1) -> None:
         super().__init__()
+        _check_time(time)
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size must be 0 or 1, but got {cache_size}")
         self.nn = nn
         self.solver = solver if solver is not None else Solver()
         self.time = time

@@ -76,7 +76,9 @@ class _FreeFormField:
 
     def __init__(self, function: nn.Module, context: Tensor | None, divergence: str, probe: str) -> None:
         # An alias, so that the adjoint method's gradient stops at it.
-        self._arguments = () if context is None else (context.view_as(context),)
+        self._arguments: tuple[Tensor, ...] = ()
+        if context is not None:
+            self._arguments = (context.clone() if context.is_inference() else context.view_as(context),)
         self._function = function
         self._exact = divergence == "exact"
         self._probe = probe
@@ -84,9 +86,10 @@ class _FreeFormField:
         self.tensors = (*function.parameters(), *self._arguments)
 
     def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        create_graph = torch.is_grad_enabled()
+        create_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors))
         with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
+            # An alias of its own, as an adjoint method cuts the state itself off from what is computed of it.
+            x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             f = self._function(t, x, *self._arguments)
             if not f.requires_grad:  # a field that depends neither on x nor on any parameter
                 return f, torch.zeros_like(f[..., 0])
@@ -135,10 +138,12 @@ class ConditionedFreeFormCNF(ConditionedCNF):
         self.probe = _check_choice("probe", probe, PROBES)
 
     def _bind(self) -> _FreeFormField:
+        _check_choice("divergence", self.divergence, DIVERGENCES)  # they may have been assigned since
+        _check_choice("probe", self.probe, PROBES)
         return _FreeFormField(self.nn, self.context, self.divergence, self.probe)
 
-    def _stamp(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
-        return *super()._stamp(x, y), self.divergence, self.probe
+    def _settings(self) -> tuple[Any, ...]:
+        return *super()._settings(), self.divergence, self.probe
 
 
 @copy_docs_from(TransformModule)
