@@ -1,0 +1,300 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transform_checks import (
+    CONDITIONAL,
+    CONTEXT_DIM,
+    MODULES,
+    QUICK,
+    TIGHT,
+    check_inverse,
+    check_jacobian,
+    check_metadata,
+    check_shapes,
+    check_training,
+    draw,
+    gradients,
+)
+
+from pyro_hollow import (
+    ConditionalFreeFormCNF,
+    ConditionalHollowCNF,
+    FreeFormCNF,
+    HollowCNF,
+    Solver,
+    conditional_free_form_cnf,
+    free_form_cnf,
+)
+
+every_probe = pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+strong_free_form = MODULES["free-form"]
+strong_conditional_free_form = CONDITIONAL["free-form"]
+
+
+class Elementwise(nn.Module):
+    """A field with a diagonal Jacobian."""
+
+    def __init__(self, input_dim):
+        super().__init__()
+        self.input_dim = input_dim
+        self.weight = nn.Parameter(torch.randn(input_dim))
+
+    def forward(self, t, x):
+        return (self.weight * x + t).tanh()
+
+
+class Rotation(nn.Module):
+    """A field without parameters, whose solution is known."""
+
+    input_dim = 2
+
+    def forward(self, t, x):
+        return torch.stack([-x[..., 1], x[..., 0]], dim=-1)
+
+
+class Still(nn.Module):
+    """A field that depends on nothing."""
+
+    input_dim = 2
+
+    def forward(self, t, x):
+        return torch.ones_like(x)
+
+
+class Pulled(nn.Module):
+    """A field that pulls the state towards the context."""
+
+    input_dim = context_dim = 2
+
+    def __init__(self):
+        super().__init__()
+        self.log_rate = nn.Parameter(torch.tensor(-0.5))
+
+    def forward(self, t, x, context):
+        return self.log_rate.exp() * (context - x)
+
+
+def log_determinants(flow, x, count):
+    """One estimate a row, each of them with a probe of its own."""
+    with torch.no_grad():
+        return flow.call_and_ladj(x.expand(count, *x.shape))[1]
+
+
+# Exact divergence
+
+
+@pytest.mark.parametrize("input_dim", [1, 2, 5])
+def test_exact_divergence(input_dim):
+    flow = strong_free_form(input_dim)
+    t, x = torch.tensor(0.3), draw(flow, 3, 4)
+    value, divergence = flow._bind().with_divergence(t, x)
+    assert_close(value, flow.nn(t, x), rtol=0, atol=0)
+    jacobians = torch.vmap(torch.func.jacrev(lambda x: flow.nn(t, x)))(x.view(-1, input_dim))
+    assert_close(divergence, jacobians.diagonal(dim1=1, dim2=2).sum(-1).view(3, 4))
+
+
+# Estimated divergence
+
+
+@every_probe
+def test_estimate_is_unbiased(probe):
+    """Of the whole log-determinant, for the state does not depend on the probe."""
+    flow = strong_free_form(3, divergence="hutchinson", probe=probe)
+    x = draw(flow)
+    estimates = log_determinants(flow, x, 4000)
+    flow.divergence = "exact"
+    exact = log_determinants(flow, x, 1).squeeze(0)
+    standard_error = estimates.std() / math.sqrt(len(estimates))
+    assert 1e-4 < standard_error < 0.1
+    assert (estimates.mean() - exact).abs() < 4 * standard_error
+
+
+@every_probe
+def test_estimate_for_a_diagonal_jacobian(probe):
+    """Rademacher probes are exact there, Gaussian ones are not: so each is what its name says."""
+    flow = FreeFormCNF(Elementwise(3), divergence="hutchinson", probe=probe, solver=QUICK)
+    x = draw(flow)
+    estimates = log_determinants(flow, x, 100)
+    flow.divergence = "exact"
+    exact = log_determinants(flow, x, 1)
+    if probe == "rademacher":
+        assert_close(estimates, exact.expand(100))
+    else:
+        assert (estimates - exact).abs().max() > 0.1
+
+
+@every_probe
+def test_probe_changes_between_solves_only(probe):
+    flow = strong_free_form(3, divergence="hutchinson", probe=probe)
+    t, x = torch.tensor(0.3), draw(flow, 4)
+    field = flow._bind()
+    first = field.with_divergence(t, x)[1]
+    field.with_divergence(t + 0.1, x + 0.1)
+    assert_close(field.with_divergence(t, x)[1], first, rtol=0, atol=0)
+    assert (flow._bind().with_divergence(t, x)[1] - first).abs().max() > 1e-3
+
+
+def test_solves_differ_and_repeat_with_the_seed():
+    flow = strong_free_form(3, divergence="hutchinson")
+    x = draw(flow, 4)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(flow.log_abs_det_jacobian(x, x))
+    assert_close(results[0], results[1], rtol=0, atol=0)
+    assert (results[0] - results[2]).abs().max() > 1e-3
+
+
+@every_probe
+@pytest.mark.parametrize("adjoint", [False, True], ids=["direct", "adjoint"])
+def test_sample_and_its_score_share_the_estimate(probe, adjoint):
+    flow = strong_free_form(3, divergence="hutchinson", probe=probe, solver=replace(QUICK, adjoint=adjoint))
+    x = draw(flow, 4)
+    y, ladj = flow.call_and_ladj(x)
+    assert_close(-flow.inv.log_abs_det_jacobian(y, flow.inv(y)), ladj, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "divergence, probe", [("exact", "rademacher"), ("hutchinson", "rademacher"), ("hutchinson", "gaussian")]
+)
+def test_adjoint_and_direct_gradients(divergence, probe):
+    context = torch.randn(4, CONTEXT_DIM, requires_grad=True)
+    x = torch.randn(4, 3)
+    cond = strong_conditional_free_form(3, divergence=divergence, probe=probe, solver=TIGHT)
+    results = []
+    for adjoint in (False, True):
+        cond.solver = replace(TIGHT, adjoint=adjoint)
+        torch.manual_seed(0)
+        results.append(gradients(cond.condition(context), x, context))
+    assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+# An initial state that requires gradients arrives in the adjoint method's forward solve in a form of its own.
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_adjoint_value_does_not_depend_on_who_wants_gradients(divergence, method):
+    flow = strong_free_form(3, divergence=divergence, solver=Solver(method, adjoint=True))
+    x = draw(flow, 4)
+    results = []
+    for requires_grad in (False, True):
+        torch.manual_seed(0)
+        results.append(flow.call_and_ladj(x.clone().requires_grad_(requires_grad)))
+    assert_close(results[0], results[1], rtol=0, atol=1e-9)
+
+
+def test_flow_with_estimates_is_a_transform():
+    flow = strong_free_form(2, divergence="hutchinson")
+    check_metadata(flow)
+    check_shapes(flow, (3, 4))
+    x = draw(flow, 4)
+    assert_close(flow._inverse(flow._call(x)), x, rtol=0, atol=1e-3)
+    check_training(FreeFormCNF(Elementwise(2), divergence="hutchinson", solver=QUICK))  # where estimates are exact
+
+
+# Settings
+
+
+@pytest.mark.parametrize("make", [free_form_cnf, partial(conditional_free_form_cnf, context_dim=3)])
+def test_unknown_names(make):
+    with pytest.raises(ValueError, match="divergence must be one of .*'hutchinson'.* but got 'hutchison'"):
+        make(2, divergence="hutchison")
+    with pytest.raises(ValueError, match="probe must be one of .*'gaussian'.* but got 'normal'"):
+        make(2, divergence="hutchinson", probe="normal")
+
+
+@pytest.mark.parametrize("make", [free_form_cnf, partial(conditional_free_form_cnf, context_dim=3)])
+def test_unknown_names_assigned_later(make):
+    """What is not "exact" must not be taken for an estimate silently."""
+    flow = make(2)
+    with pytest.raises(ValueError, match="divergence must be one of"):
+        flow.divergence = "Exact"
+        (flow.condition(torch.zeros(3)) if hasattr(flow, "condition") else flow)(torch.randn(4, 2))
+
+
+def test_divergence_can_be_switched():
+    flow = strong_free_form(3, divergence="hutchinson", solver=TIGHT)
+    flow.call_and_ladj(draw(flow, 4))[1].sum().backward()
+    torch.optim.SGD(flow.parameters(), lr=1e-2).step()
+    flow.divergence = "exact"
+    check_jacobian(flow)
+    check_inverse(flow, (3,))
+
+
+def test_divergence_of_a_conditional_can_be_switched():
+    cond = strong_conditional_free_form(3, divergence="hutchinson", solver=TIGHT)
+    cond.divergence = "exact"
+    check_jacobian(cond.condition(torch.randn(CONTEXT_DIM)))
+
+
+# Fields of one's own
+
+
+def test_own_field():
+    flow = FreeFormCNF(Elementwise(3), solver=TIGHT)
+    check_inverse(flow, (3, 4))
+    check_jacobian(flow)
+    check_training(flow)
+
+
+@pytest.mark.parametrize("adjoint", [False, True], ids=["direct", "adjoint"])
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_field_without_parameters(divergence, adjoint):
+    flow = FreeFormCNF(Rotation(), divergence=divergence, time=math.pi / 2, solver=replace(TIGHT, adjoint=adjoint))
+    x = torch.tensor([[1.0, 2.0], [0.5, -1.0]], requires_grad=True)
+    y = flow(x)
+    assert_close(y.detach(), torch.tensor([[-2.0, 1.0], [1.0, 0.5]]), rtol=0, atol=1e-6)
+    if divergence == "exact":
+        assert_close(flow.log_abs_det_jacobian(x, y).detach(), torch.zeros(2), rtol=0, atol=1e-6)
+    (gradient,) = torch.autograd.grad(y[:, 0].sum(), x)
+    assert_close(gradient, torch.tensor([[0.0, -1.0]] * 2), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_field_that_depends_on_nothing(divergence):
+    flow = FreeFormCNF(Still(), divergence=divergence, solver=QUICK)
+    y, ladj = flow.call_and_ladj(torch.zeros(3, 2))
+    assert_close(y, torch.ones(3, 2))
+    assert_close(ladj, torch.zeros(3))
+
+
+def test_own_field_with_context():
+    cond = ConditionalFreeFormCNF(Pulled(), solver=TIGHT)
+    x, context = torch.randn(4, 2), torch.randn(4, 2, requires_grad=True)
+    y, ladj = cond.condition(context).call_and_ladj(x)
+    rate = cond.nn.log_rate.exp()
+    assert_close(y, context + (x - context) * (-rate).exp(), rtol=0, atol=1e-6)
+    assert_close(ladj, (-2 * rate).expand(4), rtol=0, atol=1e-6)
+    (gradient,) = torch.autograd.grad(y.sum(), context)
+    assert_close(gradient, (1 - (-rate).exp()).expand(4, 2), rtol=0, atol=1e-6)
+
+
+# A hollow network, seen as any other: a second implementation of its flow
+
+
+@pytest.mark.parametrize("name", ["grouped", "masked", "leave-one-out"])
+def test_hollow_network_as_a_free_form_field(name):
+    hollow = MODULES[name](3, solver=QUICK)
+    other = FreeFormCNF(hollow.nn, solver=QUICK)
+    assert isinstance(hollow, HollowCNF)
+    x = draw(hollow, 4)
+    assert_close(other.call_and_ladj(x), hollow.call_and_ladj(x))
+    assert_close(gradients(other, x), gradients(hollow, x))
+
+
+@pytest.mark.parametrize("name", ["grouped", "masked", "leave-one-out"])
+def test_conditional_hollow_network_as_a_free_form_field(name):
+    hollow = CONDITIONAL[name](3, solver=QUICK)
+    other = ConditionalFreeFormCNF(hollow.nn, solver=QUICK)
+    assert isinstance(hollow, ConditionalHollowCNF)
+    x, context = torch.randn(4, 3), torch.randn(4, CONTEXT_DIM, requires_grad=True)
+    flows = [cond.condition(context) for cond in (other, hollow)]
+    assert_close(*(flow.call_and_ladj(x) for flow in flows))
+    assert_close(*(gradients(flow, x, context) for flow in flows))
