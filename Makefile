@@ -22,7 +22,7 @@ lint: $(VENV)/lint.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/bench.done
+bench: $(VENV)/vae.done
 	$(BIN)/python -m pyro_hollow.experiments.speed
 
 clean:

@@ -222,20 +222,32 @@ def evaluate(vae: VAE, images: Tensor, num_samples: int, *, chunk: int = 5000) -
     return -elbo / len(images), -likelihood / len(images)
 
 
-def run(config: Config, images: Images, device: torch.device) -> tuple[VAE, Result]:
-    """Trains and evaluates one model."""
+def run(config: Config, images: Images, folder: Path, device: torch.device) -> tuple[VAE, Result]:
+    """
+    Trains and evaluates one model.
+
+    :param Config config: the settings.
+    :param Images images: the data.
+    :param ~pathlib.Path folder: receives model.pt, history.csv, the figures and, last, result.json.
+    :param ~torch.device device: where to compute.
+    """
     pyro.clear_param_store()
     pyro.set_rng_seed(config.seed)
-    pixels = images.train.shape[1]
-    vae = VAE(pixels, config.latent_dim, config.hidden_dim, config.flow).to(device)
+    vae = VAE(images.train.shape[1], config.latent_dim, config.hidden_dim, config.flow).to(device)
     result = Result(config, sum(p.numel() for p in vae.parameters()), math.nan, math.nan, math.nan, 0, 0)
     train(vae, images.train.to(device), config, result.history)
+    torch.save(vae.state_dict(), folder / "model.pt")  # before anything can go wrong
+    _save_history(result, folder / "history.csv")
     result.seconds = result.history[-1]["seconds"]
     result.nfe_train = _evaluations(vae)
     if isinstance(vae.flow, ConditionalHollowCNF):
         vae.flow.solver = TEST_SOLVER
     result.elbo, result.nll = evaluate(vae, binarized_test(images).to(device), config.num_samples)
     result.nfe_test = _evaluations(vae)
+    draw_images(vae, images, folder, device)
+    draw_training([result], folder / "training.png")
+    # Last, as its presence says that the run is complete.
+    (folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
     return vae, result
 
 
@@ -325,17 +337,11 @@ def draw_training(results: Sequence[Result], path: Path) -> None:
     plt.close(fig)
 
 
-def save(vae: VAE, result: Result, images: Images, folder: Path, device: torch.device) -> None:
-    """Writes model.pt, result.json, history.csv and the figures of a run."""
-    torch.save(vae.state_dict(), folder / "model.pt")
-    with open(folder / "history.csv", "w", newline="") as file:
+def _save_history(result: Result, path: Path) -> None:
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(result.history[0]))
         writer.writeheader()
         writer.writerows(result.history)
-    draw_images(vae, images, folder, device)
-    draw_training([result], folder / "training.png")
-    # Last, as its presence says that the run is complete.
-    (folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
 
 
 def _finished(folder: Path, config: Config) -> Result | None:
@@ -398,6 +404,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr", type=_rate, default=2e-3, help="learning rate of Adamax (default: 2e-3)")
     add("--num-samples", type=_positive, default=100, metavar="K", help="importance samples an image (default: 100)")
     add("--output", type=Path, default=Path("results/vae"), help="folder for models and figures (default: results/vae)")
+    add("--force", action="store_true", help="train anew where the output folder has the result of the same settings")
     add("--device", type=_device, default="cpu", help="cpu, cuda, ... (default: cpu)")
     return parser
 
@@ -427,11 +434,12 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
                 config = _config(args, flow, seed)
                 folder = args.output / args.data / f"{flow}-{seed}"
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "result.json").touch()
-                result = _finished(folder, config)
+                (folder / "history.csv").touch()  # fails now rather than after the training
+                result = None if args.force else _finished(folder, config)
                 if result is None:
-                    vae, result = run(config, images, args.device)
-                    save(vae, result, images, folder, args.device)
+                    _, result = run(config, images, folder, args.device)
+                else:
+                    print(f"{folder} is complete: its result is used again (--force trains anew)", file=sys.stderr)
                 results.append(result)
     except (DataError, OSError) as error:
         parser.error(str(error))

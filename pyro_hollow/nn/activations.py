@@ -84,7 +84,7 @@ class _LogisticWithSlope(torch.autograd.Function):
 
 
 def _logistic(z: Tensor, order: int) -> list[Tensor]:
-    if order == 1:
+    if order == 1 and z.requires_grad:
         return list(_LogisticWithSlope.apply(z))
     u = torch.sigmoid(z)
     values = [u]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, get_activation
-from .layout import columns, flatten_offset
+from .layout import columns, flatten_offset, flatten_time
 
 __all__ = [
     "BoundConditioner",
@@ -28,7 +28,7 @@ class BoundConditioner:
     r"""
     A conditioner with everything that does not depend on :math:`(t, x)` computed: ``h = bound(t, x)``.
 
-    :param function: maps a scalar time and inputs of shape ``(*, d)`` to hidden units of shape ``(*, d, d_h)``.
+    :param function: maps time and inputs of shape ``(*, d)`` to hidden units of shape ``(*, d, d_h)``.
     :param tensors: the tensors whose gradients determine those of the parameters and of the context; none of them may
         depend on another.
     """
@@ -61,11 +61,13 @@ class Conditioner(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """
-        :param Tensor t: time, a scalar.
+        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: inputs with shape ``(*, d)``.
         :param Tensor context: the context, whose shape ``(*, context_dim)`` broadcasts against x's batch.
         :returns: hidden units with shape ``(*, d, d_h)``.
         """
+        if type(self).bind is Conditioner.bind:
+            raise NotImplementedError("a Conditioner must override forward or bind")
         return self.bind(context)(t, x)
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
@@ -141,8 +143,8 @@ class _Layers(nn.Module):
 
 def _with_time(t: Tensor, x: Tensor) -> Tensor:
     """``(*, d)`` to ``(d + 1, batch)``, with time as the last row."""
-    x = x.reshape(-1, x.shape[-1]).mT
-    return torch.cat([x, t.to(x.dtype).expand(1, x.shape[1])])
+    t, x = flatten_time(t, x), x.reshape(-1, x.shape[-1]).mT
+    return torch.cat([x, t.expand(1, x.shape[1])])
 
 
 def _from_columns(h: Tensor, batch_shape: Sequence[int]) -> Tensor:
@@ -300,6 +302,7 @@ class LeaveOneOutConditioner(Conditioner):
             return torch.addcmul(flatten_offset(pair[0], 1, batch_shape), pair[1], t).view(self.input_dim, width, -1)
 
         def function(t: Tensor, x: Tensor) -> Tensor:
+            t = flatten_time(t, x)
             z = torch.addcmul(offset_at(t, inner, x.shape[:-1]), weight, columns(x).unsqueeze(1))
             pooled = _sum_of_others(torch.bmm(pool_weight, s.apply(z)))
             h = s.apply(pooled + (offset_at(t, outer, x.shape[:-1]) + shift))

@@ -25,20 +25,22 @@ class HollowField:
     as :meth:`ConditionalHollowNN.bind` returns it: masked weights and the projected context are computed already.
     It shares the network's parameters as they were when it was bound; bind anew after changing them.
 
+    :ivar conditioner: maps time and the state to the hidden units h with shape ``(*, d, d_h)``.
+    :ivar transformer: maps time, the state and the hidden units to f.
     :ivar tensors: the tensors whose gradients determine those of the parameters and of the context, as an adjoint
         method needs them; none of them depends on another.
     """
 
     def __init__(self, input_dim: int, conditioner: BoundConditioner, transformer: BoundTransformer) -> None:
         self._input_dim = input_dim
-        self._conditioner = conditioner
-        self._transformer = transformer
+        self.conditioner = conditioner
+        self.transformer = transformer
         distinct = {id(tensor): tensor for tensor in (*conditioner.tensors, *transformer.tensors)}
         self.tensors = tuple(tensor for tensor in distinct.values() if tensor.requires_grad)
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         """
-        :param Tensor t: time, a scalar.
+        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: the state with shape ``(*, d)``.
         :returns: :math:`f(t, x)` with shape ``(*, d)``.
         """
@@ -46,7 +48,7 @@ class HollowField:
 
     def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""
-        :param Tensor t: time, a scalar.
+        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: the state with shape ``(*, d)``.
         :returns: :math:`f(t, x)` with shape ``(*, d)`` and :math:`\nabla \cdot f = \sum_i \partial f_i / \partial x_i`
             with shape ``(*,)``.
@@ -59,7 +61,7 @@ class HollowField:
         The dimension-wise derivatives :math:`D^k f = (\partial^k f_1 / \partial x_1^k, \dots, \partial^k f_d /
         \partial x_d^k)`. Their gradients, to the conditioner too, are complete.
 
-        :param Tensor t: time, a scalar.
+        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: the state with shape ``(*, d)``.
         :param int order: the highest order k.
         :returns: ``(f, D1, ..., Dk)``, each with shape ``(*, d)``.
@@ -69,7 +71,7 @@ class HollowField:
             raise ValueError(f"x must have shape (*, {self._input_dim}), but got {tuple(x.shape)}")
         if order < 0:
             raise ValueError(f"order must be 0 or more, but got {order}")
-        return self._transformer.derivatives(t, x, self._conditioner(t, x), order)
+        return self.transformer.derivatives(t, x, self.conditioner(t, x), order)
 
 
 class ConditionalHollowNN(nn.Module):
@@ -101,9 +103,10 @@ class ConditionalHollowNN(nn.Module):
     :param conditioner: "grouped", "masked", "leave-one-out", or a :class:`~pyro_hollow.nn.Conditioner` of your own.
     :param transformer: None for the closed form, or a module that maps ``(*, 2 + d_h)``, holding
         :math:`[x_i, t, h_i]`, to ``(*, 1)``; see :class:`~pyro_hollow.nn.ModuleTransformer`.
-    :param int transformer_dim: the number of units per coordinate of the closed-form transformer.
+    :param int transformer_dim: the number of units per coordinate of the closed-form transformer. Defaults to 16.
     :param str activation: "tanh", "softplus" or "silu".
-    :raises ValueError: for sizes and names that do not fit, and if h_i depends on x_i in a conditioner of your own.
+    :raises ValueError: for sizes and names that do not fit, for settings that would have no effect, and if h_i depends
+        on x_i in a conditioner of your own.
 
     References:
 
@@ -118,7 +121,7 @@ class ConditionalHollowNN(nn.Module):
         *,
         conditioner: str | Conditioner = "grouped",
         transformer: nn.Module | None = None,
-        transformer_dim: int = 16,
+        transformer_dim: int | None = None,
         activation: str = "tanh",
     ) -> None:
         super().__init__()
@@ -129,6 +132,8 @@ class ConditionalHollowNN(nn.Module):
         self.input_dim = input_dim
         self.context_dim = context_dim
         if isinstance(conditioner, Conditioner):
+            if hidden_dims is not None:
+                raise ValueError("hidden_dims has no effect on a conditioner of your own: leave one of them out")
             _check_conditioner(conditioner, input_dim, context_dim)
             self.conditioner = conditioner
         else:
@@ -136,7 +141,10 @@ class ConditionalHollowNN(nn.Module):
         sizes = (input_dim, self.conditioner.hidden_dim, context_dim)
         self.transformer: Transformer
         if transformer is None:
-            self.transformer = ClosedFormTransformer(*sizes, width=transformer_dim, activation=activation)
+            width = 16 if transformer_dim is None else transformer_dim
+            self.transformer = ClosedFormTransformer(*sizes, width=width, activation=activation)
+        elif transformer_dim is not None:
+            raise ValueError("transformer_dim has no effect on a transformer of your own: leave one of them out")
         else:
             self.transformer = ModuleTransformer(transformer, *sizes)
 
@@ -144,7 +152,7 @@ class ConditionalHollowNN(nn.Module):
         """
         The field without its divergence; within a solve, :meth:`bind` once and call the result.
 
-        :param Tensor t: time, a scalar.
+        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: the state with shape ``(*, d)``.
         :param Tensor context: the context with shape ``(*, context_dim)``, broadcast against x's batch.
         """
@@ -201,7 +209,7 @@ class HollowNN(ConditionalHollowNN):
         *,
         conditioner: str | Conditioner = "grouped",
         transformer: nn.Module | None = None,
-        transformer_dim: int = 16,
+        transformer_dim: int | None = None,
         activation: str = "tanh",
     ) -> None:
         super().__init__(
@@ -232,19 +240,27 @@ def _check_conditioner(conditioner: Conditioner, input_dim: int, context_dim: in
         raise ValueError(
             f"conditioner was made for input_dim, context_dim = {sizes}, but the network has {(input_dim, context_dim)}"
         )
+    if type(conditioner) in CONDITIONERS.values():
+        return
+    generator = torch.Generator().manual_seed(0)  # leaves the global one alone
     like = next((p for p in conditioner.parameters() if p.is_floating_point()), torch.empty(()))
+    # Sample k asks for coordinate i_k alone, so one backward pass tests them all; a few do for many coordinates.
+    coordinates = torch.randperm(input_dim, generator=generator)[:64].sort().values.tolist()
+    training = conditioner.training
+    conditioner.eval()
     with torch.enable_grad():
-        # Sample i asks for h_i alone, so one backward pass tests all coordinates.
-        x = torch.randn(input_dim, input_dim, dtype=like.dtype, device=like.device, requires_grad=True)
-        context = torch.randn(context_dim, dtype=like.dtype, device=like.device) if context_dim else None
+        x = torch.randn(len(coordinates), input_dim, generator=generator).to(like).requires_grad_()
+        context = torch.randn(context_dim, generator=generator).to(like) if context_dim else None
         h = conditioner(x.new_tensor(0.3), x, context)
-        if h.shape != (input_dim, input_dim, conditioner.hidden_dim):
+        if h.shape != (*x.shape, conditioner.hidden_dim):
             raise ValueError(
                 f"conditioner must map (*, {input_dim}) to (*, {input_dim}, {conditioner.hidden_dim}), "
                 f"but mapped {tuple(x.shape)} to {tuple(h.shape)}"
             )
-        own = h.diagonal()
-        own = (own * torch.randn_like(own)).sum()
+        own = torch.stack([h[k, i] for k, i in enumerate(coordinates)])
+        own = (own * torch.randn(own.shape, generator=generator).to(own)).sum()
         gradient = torch.autograd.grad(own, x, allow_unused=True)[0] if own.requires_grad else None
-    if gradient is not None and (leaks := gradient.diagonal().nonzero().flatten().tolist()):
+    conditioner.train(training)
+    leaks = [] if gradient is None else [i for k, i in enumerate(coordinates) if gradient[k, i] != 0]
+    if leaks:
         raise ValueError(f"conditioner is not hollow: h_i depends on x_i for i in {leaks}")

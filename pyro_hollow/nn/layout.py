@@ -25,6 +25,12 @@ def rows(x: Tensor, batch_shape: Sequence[int]) -> Tensor:
     return x.mT.reshape(*batch_shape, x.shape[0])
 
 
+def flatten_time(t: Tensor, x: Tensor) -> Tensor:
+    """Time in the type of x: a scalar, or one per sample, flattened as the batch of x is."""
+    t = t.to(x.dtype)
+    return t if t.dim() == 0 else t.expand(x.shape[:-1]).reshape(-1)
+
+
 def flatten_offset(offset: Tensor, lead: int, batch_shape: Sequence[int]) -> Tensor:
     """
     Makes the dimensions of an offset after the first ``lead`` one: the flattened batch, or 1 if all share the offset.

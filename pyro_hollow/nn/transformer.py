@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import get_activation
-from .layout import columns, flatten_offset, rows
+from .layout import columns, flatten_offset, flatten_time, rows
 
 __all__ = ["BoundTransformer", "ClosedFormTransformer", "ModuleTransformer", "Transformer"]
 
@@ -32,12 +32,16 @@ class BoundTransformer(ABC):
         r"""
         Evaluates :math:`f_i = \tau_i(t, x_i, h_i)` and :math:`\partial^k f_i / \partial x_i^k` at fixed :math:`h`.
 
-        :param Tensor t: time, a scalar.
+        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: inputs with shape ``(*, d)``.
         :param Tensor h: hidden units with shape ``(*, d, d_h)``.
         :param int order: the highest derivative wanted; 0 asks for the value alone.
         :returns: ``(f, D1, ..., Dk)``, each with shape ``(*, d)``.
         """
+
+    def __call__(self, t: Tensor, x: Tensor, h: Tensor) -> Tensor:
+        """The value alone."""
+        return self.derivatives(t, x, h, 0)[0]
 
 
 class Transformer(nn.Module, ABC):
@@ -147,6 +151,7 @@ class _BoundClosedForm(BoundTransformer):
         self._offset = offset * rates.view(-1, *(1,) * (offset.dim() - 2))
         self._input_weight = net.input_weight * s.rate
         self._output_weight = net.output_weight * s.scale
+        self._slopes = self._output_weight * self._input_weight.mT
         self._shift = net.output_weight.sum(-1, keepdim=True) * s.shift
         self.tensors = (
             self._weight, self._time_weight, self._offset, self._input_weight, self._output_weight, self._shift
@@ -154,6 +159,7 @@ class _BoundClosedForm(BoundTransformer):
 
     def derivatives(self, t: Tensor, x: Tensor, h: Tensor, order: int) -> tuple[Tensor, ...]:
         batch_shape = x.shape[:-1]
+        t = flatten_time(t, x)
         x = columns(x).unsqueeze(1)
         h = h.reshape(-1, *h.shape[-2:]).permute(1, 2, 0)
         offset = torch.addcmul(flatten_offset(self._offset, 2, batch_shape), self._time_weight, t)
@@ -161,10 +167,12 @@ class _BoundClosedForm(BoundTransformer):
         s = self._derivatives(torch.addcmul(p, self._input_weight, x), order)
         affine = torch.addcmul(b + self._shift, a, x)
         results = [torch.baddbmm(affine, self._output_weight, s[0])]
-        slopes = self._output_weight
-        for k in range(1, order + 1):
+        if order >= 1:
+            results.append(torch.baddbmm(a, self._slopes, s[1]))
+        slopes = self._slopes
+        for k in range(2, order + 1):
             slopes = slopes * self._input_weight.mT
-            results.append(torch.baddbmm(a, slopes, s[1]) if k == 1 else torch.bmm(slopes, s[k]))
+            results.append(torch.bmm(slopes, s[k]))
         # Joined and parted again, the gradients of the results arrive contiguous: bmm is five times slower without.
         return tuple(rows(value, batch_shape) for value in torch.cat(results, dim=1).unbind(1))
 
@@ -203,7 +211,7 @@ class _BoundModule(BoundTransformer):
             raise RuntimeError("torch.inference_mode() leaves no derivatives to take; use torch.no_grad()")
         create_graph = torch.is_grad_enabled() and any(v.requires_grad for v in (x, h, *self.tensors))
         with torch.enable_grad():
-            alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            alias = x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
             results = [self._value(t, alias, h)]
             for k in range(order):
                 last = k == order - 1
@@ -212,7 +220,8 @@ class _BoundModule(BoundTransformer):
 
     def _value(self, t: Tensor, x: Tensor, h: Tensor) -> Tensor:
         x = x.unsqueeze(-1)
-        value = self._module(torch.cat([x, t.to(x.dtype).expand_as(x), h], dim=-1))
+        t = t.to(x.dtype) if t.dim() == 0 else t.to(x.dtype)[..., None, None]
+        value = self._module(torch.cat([x, t.expand_as(x), h], dim=-1))
         if value.shape != x.shape:
             raise ValueError(
                 f"transformer must map {tuple(h.shape[:-1])} rows of 2 + {h.shape[-1]} features to one feature each, "

@@ -112,6 +112,7 @@ class Monitor:
         #: Whether the field itself raised an error, which then is none of the solver's.
         self.field_failed = False
         self._interval = min(times), max(times)
+        self._count = 0
         self._last: tuple[Tensor, State] | None = None
         self._backward = False
 
@@ -123,25 +124,23 @@ class Monitor:
         except Exception:
             self.field_failed = True
             raise
-        self._last = (t, derivative)
-        count = self._count()
-        if count > self.solver.max_nfe:
+        self._last = (t, tuple(part.detach() for part in parts(derivative)))
+        self._count += 1
+        if self._backward:
+            self.stats.nfe_backward += 1
+        else:
+            self.stats.nfe += 1
+        if self._count > self.solver.max_nfe:
             raise self.failure("max_nfe")
-        if count == 1 and not self._is_finite():  # it would spoil the first step, and with it time and state
+        if self._count == 1 and not self._is_finite():  # it would spoil the first step, and with it time and state
             raise self.failure("non-finite")
         return derivative
 
-    def _count(self) -> int:
-        if self._backward:
-            self.stats.nfe_backward += 1
-            return self.stats.nfe_backward
-        self.stats.nfe += 1
-        return self.stats.nfe
-
     def forget(self) -> None:
-        """The forward solve is over: keeps no tensor alive, and counts what follows as backward."""
+        """A solve is over: keeps no tensor alive, and counts what follows as backward, each pass by itself."""
         self._last = None
         self._backward = True
+        self._count = 0
 
     def explain(self, message: str) -> SolverError | None:
         """Translates what torchdiffeq says of a failure; None if it is not one of a solve."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ _FIXED_OPTIONS = frozenset("step_size grid_constructor perturb interp".split())
 _ADAMS_OPTIONS = _FIXED_OPTIONS | {"max_iters", "max_order"}
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
+_SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _ADAMS = ("explicit_adams", "implicit_adams")
 
 #: The names of the methods, with the options that each one knows.
@@ -106,6 +108,10 @@ class Solver:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, but got {value}")
+        object.__setattr__(self, "options", dict(self.options))
+        scipy_method = self.options.get("solver", "LSODA")
+        if self.method == "scipy_solver" and scipy_method not in _SCIPY:
+            raise ValueError(f"options['solver'] must be one of {_SCIPY}, but got {scipy_method!r}")
         step_size = self.options.get("step_size", 1.0)
         if not step_size > 0:
             raise ValueError(f"options['step_size'] must be positive, but got {step_size}")
@@ -133,7 +139,7 @@ class Solver:
         """
         first = parts(state)[0]
         stats = SolverStats()
-        times = torch.tensor([t0, t1], dtype=first.dtype)
+        times = torch.tensor([t0, t1], dtype=first.dtype, device="cpu")
         if first.numel() == 0 or bool(times[0] == times[1]):
             return Solution(state, stats)
         if torch.jit.is_tracing() and self.adaptive:
@@ -161,16 +167,14 @@ class Solver:
         if self.adjoint:
             for part in parts(end):
                 if part.requires_grad:
-                    part.register_hook(_refuse_second_derivative)
+                    part.register_hook(_before_backward(monitor))
         return Solution(end, stats)
 
     def _odeint(self, func: VectorField, state: State, times: Tensor, tensors: tuple[Tensor, ...] | None) -> State:
         """The state at the end; with the adjoint method if tensors are given and it is wanted."""
         options = self._options(parts(state)[0].dim() - 1, times)
         settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": options}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Functional iteration did not converge")
-            warnings.filterwarnings("ignore", message=".*arguments have no effect", category=UserWarning)
+        with _warnings_of(self.method):
             if self.adjoint and tensors is not None:
                 result = torchdiffeq.odeint_adjoint(
                     func, state, times, **settings, **self._adjoint_settings(options), adjoint_params=tensors
@@ -223,15 +227,34 @@ class Solver:
         return tensors
 
 
-def _refuse_second_derivative(gradient: Tensor) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "gradients of a solve with adjoint=True cannot be differentiated again (create_graph=True); "
-            "use a Solver with adjoint=False"
-        )
+@contextmanager
+def _warnings_of(method: str) -> Iterator[None]:
+    """Makes an error of the corrector's warning, and nothing of scipy's. Only where needed: filters are global."""
+    if method not in ("implicit_adams", "scipy_solver"):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Functional iteration did not converge")
+        warnings.filterwarnings("ignore", message=".*arguments have no effect", category=UserWarning)
+        yield
+
+
+def _before_backward(monitor: Monitor) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "gradients of a solve with adjoint=True cannot be differentiated again (create_graph=True); "
+                "use a Solver with adjoint=False"
+            )
+        monitor.forget()
+
+    return hook
 
 
 def _per_sample_norm(batch_dims: int) -> Callable[[State], Tensor]:
+    # Without gradients: torchdiffeq differentiates through the choice of the first step, and the slope of a square root
+    # is infinite at a sample that is 0.
+    @torch.no_grad()
     def norm(state: State) -> Tensor:
         sizes = [
             part.abs() if part.dim() == batch_dims else part.flatten(batch_dims).pow(2).mean(-1).sqrt()

@@ -55,15 +55,20 @@ def dimwise_derivatives(transformer: Transformer, x: Tensor, h: Tensor, order: i
     """
     if order < 0:
         raise ValueError(f"order must be 0 or more, but got {order}")
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("torch.inference_mode() leaves no derivatives to take; use torch.no_grad()")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        alias = _alias(x)
         results = [transformer(alias, h)]
         for k in range(1, order + 1):
             results.append(_sum_gradient(results[-1], alias, create_graph or k < order))
     return tuple(results) if create_graph else tuple(result.detach() for result in results)
+
+
+def _alias(x: Tensor) -> Tensor:
+    """A tensor equal to x to differentiate with respect to; gradients and tangents of x pass through it."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode() leaves no derivatives to take; use torch.no_grad()")
+    return x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
 
 
 def _sum_gradient(value: Tensor, x: Tensor, create_graph: bool) -> Tensor:
@@ -99,9 +104,8 @@ class HollowOperator:
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:
         """f, and the alias of x that it depends on through the hidden units alone."""
-        x = self._x
-        alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        return self._transformer(x, self._conditioner(alias)), alias
+        alias = _alias(self._x)
+        return self._transformer(self._x, self._conditioner(alias)), alias
 
     def vjp(self, v: Tensor) -> Tensor:
         r"""

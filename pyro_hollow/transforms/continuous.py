@@ -32,6 +32,21 @@ class Field(Protocol):
         """``(f, divergence)`` with shapes ``(*, d)`` and ``(*,)`` for a scalar time and a state of shape ``(*, d)``."""
 
 
+class _InverseCNF(_InverseTransform):
+    """The inverse of a flow, which gives value and log-determinant together, too."""
+
+    def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Value and log-determinant of the inverse by one solve.
+
+        :param Tensor y: the input with shape ``(*, d)``.
+        :returns: x with shape ``(*, d)`` and the log-determinant of its Jacobian with shape ``(*,)``.
+        """
+        assert isinstance(self._inv, ConditionedCNF)
+        x, ladj = self._inv._inverse_and_ladj(y)
+        return x, -ladj
+
+
 class _Augmented:
     """The dynamics of the pair (state, log-determinant)."""
 
@@ -70,6 +85,7 @@ class _Cached(NamedTuple):
     y: Tensor
     ladj: Tensor
     stamp: _Stamp
+    from_inverse: bool
 
 
 class _Record:
@@ -91,8 +107,11 @@ class ConditionedCNF(Transform):
 
     With ``cache_size=1`` the latest pair is kept together with its log-determinant, so that sampling and scoring the
     sample costs one solve. The pair is dropped as soon as it would be wrong or useless: when a parameter, the context,
-    the solver or one of the pair itself has changed, when gradients are wanted now and were off then, and after a
-    backward pass. (Writing through ``parameter.data`` goes unnoticed: call :meth:`clear_cache` after it.)
+    the solver or one of the pair itself has changed, when gradients are switched on or off, when it has been scored as
+    data, and after a backward pass. (What writes through ``.data`` goes unnoticed, pyro.optim.ClippedAdam and fused
+    optimizers of torch among them: to score an old *sample* again after such a step without a backward pass, call
+    :meth:`clear_cache` first, or use ``cache_size=0``.) As with every cached transform of torch, the score of a sample
+    is not differentiable with respect to the sample itself: detach it first.
 
     :param ~torch.nn.Module nn: the network of the vector field, which has an attribute ``input_dim``.
     :param Tensor context: the context with shape ``(*, context_dim)``, or None.
@@ -116,7 +135,6 @@ class ConditionedCNF(Transform):
         solver: Solver | None = None,
         time: float = 1.0,
         cache_size: int = 1,
-        record: _Record | None = None,
     ) -> None:
         super().__init__(cache_size=cache_size)
         _check_time(time)
@@ -124,7 +142,7 @@ class ConditionedCNF(Transform):
         self.context = context
         self.solver = solver if solver is not None else Solver()
         self.time = float(time)
-        self._record = record if record is not None else _Record()
+        self._record = _Record()
         self._cached: _Cached | None = None
 
     def _bind(self) -> Field:
@@ -137,19 +155,22 @@ class ConditionedCNF(Transform):
         return self._record.last
 
     @property
-    def inv(self) -> Transform:
+    def inv(self) -> _InverseCNF:
         """The inverse. Made anew each time: a stored one would form a cycle that keeps graphs alive."""
-        return _InverseTransform(self)
+        return _InverseCNF(self)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.call_and_ladj(x)[0]
 
     def _inv_call(self, y: Tensor) -> Tensor:
+        return self._inverse_and_ladj(y)[0]
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         cached = self._lookup(y=y)
         if cached is None:
-            x, ladj = self._integrate(y, self.time, 0.0)
-            cached = self._store(x, y, -ladj, outputs=(x, ladj))
-        return cached.x
+            x, integral = self._integrate(y, self.time, 0.0)
+            cached = self._store(x, y, -integral, from_inverse=True)
+        return cached.x, cached.ladj
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -161,7 +182,7 @@ class ConditionedCNF(Transform):
         cached = self._lookup(x=x)
         if cached is None:
             y, ladj = self._integrate(x, 0.0, self.time)
-            cached = self._store(x, y, ladj, outputs=(y, ladj))
+            cached = self._store(x, y, ladj, from_inverse=False)
         return cached.y, cached.ladj
 
     def _call(self, x: Tensor) -> Tensor:
@@ -192,7 +213,13 @@ class ConditionedCNF(Transform):
         :returns: the log-determinant with shape ``(*,)``.
         """
         cached = self._lookup(x=x, y=y)
-        return self._integrate(x, 0.0, self.time)[1] if cached is None else cached.ladj
+        if cached is None:
+            return self._integrate(x, 0.0, self.time)[1]
+        if (
+            cached.from_inverse
+        ):  # log_prob has both; scoring the same data again may be after a change unseen by versions
+            self.clear_cache()
+        return cached.ladj
 
     def _integrate(self, state: Tensor, t0: float, t1: float) -> tuple[Tensor, Tensor]:
         """The state at t1 and the integral of the divergence from t0 to t1."""
@@ -230,10 +257,8 @@ class ConditionedCNF(Transform):
                     f"context has batch shape {tuple(batch)}, which does not broadcast to the input's {tuple(own)}; "
                     "expand the base distribution to the batch shape of the context"
                 )
-        finite = torch.isfinite(x)
-        if not bool(finite.all()):
-            sample = tuple((~finite).any(-1).nonzero()[0].tolist())
-            raise ValueError(f"input must be finite, but sample {sample} is not")
+            _check_finite("context", self.context)
+        _check_finite("input", x)
 
     def clear_cache(self) -> None:
         """Forgets the latest pair."""
@@ -251,6 +276,9 @@ class ConditionedCNF(Transform):
         if cache_size == self._cache_size:
             return self
         sibling = copy.copy(self)
+        for name in ("_modules", "_parameters", "_buffers"):  # of a Module, whose registers would be shared
+            if name in sibling.__dict__:
+                sibling.__dict__[name] = sibling.__dict__[name].copy()
         sibling._cache_size = cache_size
         return sibling
 
@@ -268,8 +296,8 @@ class ConditionedCNF(Transform):
             return None
         return cached if cached.stamp.matches(self._stamp(cached.x, cached.y)) else None
 
-    def _store(self, x: Tensor, y: Tensor, ladj: Tensor, outputs: tuple[Tensor, ...]) -> _Cached:
-        cached = _Cached(x, y, ladj, self._stamp(x, y))
+    def _store(self, x: Tensor, y: Tensor, ladj: Tensor, from_inverse: bool) -> _Cached:
+        cached = _Cached(x, y, ladj, self._stamp(x, y), from_inverse)
         if self._cache_size == 0:
             return cached
         self._cached = cached
@@ -281,13 +309,20 @@ class ConditionedCNF(Transform):
             if transform is not None:
                 transform.clear_cache()
 
-        for tensor in outputs:
+        for tensor in (x if from_inverse else y, ladj):
             if tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(forget)
         return cached
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cached": None, "_inv": None}
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    finite = torch.isfinite(value)
+    if not bool(finite.all()):
+        sample = tuple((~finite).any(-1).nonzero()[0].tolist())
+        raise ValueError(f"{name} must be finite, but sample {sample} is not")
 
 
 def _check_time(time: float) -> None:
@@ -335,8 +370,9 @@ class ConditionalCNF(ConditionalTransformModule):
         """
         if context.dim() == 0 or context.shape[-1] != self.nn.context_dim:
             raise ValueError(f"context must have shape (*, {self.nn.context_dim}), but got {tuple(context.shape)}")
-        settings = {"solver": self.solver, "time": self.time, "cache_size": self.cache_size, "record": self._record}
-        return self._condition(context, settings)
+        transform = self._condition(context, {"solver": self.solver, "time": self.time, "cache_size": self.cache_size})
+        transform._record = self._record
+        return transform
 
     def _condition(self, context: Tensor, settings: dict[str, Any]) -> ConditionedCNF:
         """Makes the transform."""

@@ -89,7 +89,7 @@ class _FreeFormField:
         create_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors))
         with torch.enable_grad():
             # An alias of its own, as an adjoint method cuts the state itself off from what is computed of it.
-            x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            x = x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
             f = self._function(t, x, *self._arguments)
             if not f.requires_grad:  # a field that depends neither on x nor on any parameter
                 return f, torch.zeros_like(f[..., 0])
@@ -99,10 +99,8 @@ class _FreeFormField:
     def _trace(self, f: Tensor, x: Tensor, create_graph: bool) -> Tensor:
         basis = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
         basis = basis.view(-1, *(1,) * (f.dim() - 1), f.shape[-1]).expand(-1, *f.shape)
-        (rows,) = torch.autograd.grad(
-            f, x, basis, is_grads_batched=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
-        return rows.diagonal(dim1=0, dim2=-1).sum(-1)
+        (rows,) = torch.autograd.grad(f, x, basis, is_grads_batched=True, create_graph=create_graph, allow_unused=True)
+        return torch.zeros_like(f[..., 0]) if rows is None else rows.diagonal(dim1=0, dim2=-1).sum(-1)
 
     def _estimate(self, f: Tensor, x: Tensor, create_graph: bool) -> Tensor:
         if self._noise is None:

@@ -135,6 +135,7 @@ def hollow_cnf(
     conditioner: str | Conditioner = "grouped",
     solver: Solver | None = None,
     time: float = 1.0,
+    cache_size: int = 1,
     **kwargs: Any,
 ) -> HollowCNF:
     """
@@ -151,10 +152,12 @@ def hollow_cnf(
     :type solver: Solver
     :param time: The end time
     :type time: float
+    :param cache_size: 1 to keep the latest pair of input and output, 0 not to
+    :type cache_size: int
     :param kwargs: transformer, transformer_dim and activation of the network
     """
     network = HollowNN(input_dim, hidden_dims, conditioner=conditioner, **kwargs)
-    return HollowCNF(network, solver=solver, time=time)
+    return HollowCNF(network, solver=solver, time=time, cache_size=cache_size)
 
 
 def conditional_hollow_cnf(
@@ -165,6 +168,7 @@ def conditional_hollow_cnf(
     conditioner: str | Conditioner = "grouped",
     solver: Solver | None = None,
     time: float = 1.0,
+    cache_size: int = 1,
     **kwargs: Any,
 ) -> ConditionalHollowCNF:
     """
@@ -183,7 +187,9 @@ def conditional_hollow_cnf(
     :type solver: Solver
     :param time: The end time
     :type time: float
+    :param cache_size: 1 to keep the latest pair of input and output, 0 not to
+    :type cache_size: int
     :param kwargs: transformer, transformer_dim and activation of the network
     """
     network = ConditionalHollowNN(input_dim, context_dim, hidden_dims, conditioner=conditioner, **kwargs)
-    return ConditionalHollowCNF(network, solver=solver, time=time)
+    return ConditionalHollowCNF(network, solver=solver, time=time, cache_size=cache_size)
