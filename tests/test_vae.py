@@ -75,8 +75,8 @@ def trained(tmp_path_factory, few_images):
     folder, models, printed = tmp_path_factory.mktemp("vae"), {}, io.StringIO()
     run = vae.run
 
-    def run_and_remember(config, images, device):
-        models[config.flow], result = run(config, images, device)
+    def run_and_remember(config, *arguments):
+        models[config.flow], result = run(config, *arguments)
         return models[config.flow], result
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
