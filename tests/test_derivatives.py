@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 
 from pyro_hollow.nn import HollowNN
@@ -307,3 +308,21 @@ def test_hidden_units_without_x_have_no_hollow_part():
     assert torch.equal(split.hollow.jvp(x), torch.zeros(3))
     assert torch.equal(split.hollow.vjp(x), torch.zeros(3))
     assert torch.equal(split.jvp(x), 2 * x.square())
+
+
+def test_tangents_pass_through():
+    # Divergence of x_i^3 x_j: 3 x_i^2 x_j + 3 x_j^2 x_i, whose derivative in x_1 at (1, 2) is 24.
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
+        value = divergence(lambda x, h: x**3 * h[..., 0], x, x.flip(-1).unsqueeze(-1))
+        assert forward_ad.unpack_dual(value).tangent.item() == 24.0
+
+
+def test_inference_mode_is_refused():
+    x = torch.tensor([1.0, 2.0])
+    jacobian = split_jacobian(lambda x, h: x * h[..., 0], lambda x: x.flip(-1).unsqueeze(-1), x)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="inference_mode"):
+            divergence(lambda x, h: x * h[..., 0], x, x.flip(-1).unsqueeze(-1))
+        with pytest.raises(RuntimeError, match="inference_mode"):
+            jacobian.hollow.dense()

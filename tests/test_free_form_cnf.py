@@ -298,3 +298,19 @@ def test_conditional_hollow_network_as_a_free_form_field(name):
     flows = [cond.condition(context) for cond in (other, hollow)]
     assert_close(*(flow.call_and_ladj(x) for flow in flows))
     assert_close(*(gradients(flow, x, context) for flow in flows))
+
+
+def test_field_that_does_not_depend_on_the_state():
+    class Constant(torch.nn.Module):
+        input_dim = 2
+
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, t, x):
+            return self.bias.expand_as(x)
+
+    y, ladj = FreeFormCNF(Constant()).call_and_ladj(torch.zeros(4, 2))
+    torch.testing.assert_close(y, torch.ones(4, 2))
+    torch.testing.assert_close(ladj, torch.zeros(4))

@@ -465,3 +465,30 @@ def test_number_of_parameters():
     assert large - medium == 2 * (medium - small)
     small, medium, large = counts("grouped")
     assert large - medium > 2 * (medium - small)
+
+
+@pytest.mark.parametrize("conditioner", ("grouped", "masked", "leave-one-out"))
+@pytest.mark.parametrize("transformer", (None, 4), ids=("closed-form", "module"))
+@pytest.mark.parametrize("shape", ((6,), (2, 3)))
+def test_every_sample_may_have_its_own_time(conditioner, transformer, shape):
+    module = None if transformer is None else torch.nn.Sequential(torch.nn.Linear(34, transformer), torch.nn.Tanh())
+    module = None if module is None else module.append(torch.nn.Linear(transformer, 1))
+    net = HollowNN(3, conditioner=conditioner, transformer=module)
+    t, x = torch.rand(shape), torch.randn(*shape, 3)
+    results = net.bind().dimwise_derivatives(t, x, 2)
+    for index in itertools.product(*map(range, shape)):
+        single = net.bind().dimwise_derivatives(t[index], x[index], 2)
+        for value, expected in zip(results, single, strict=True):
+            torch.testing.assert_close(value[index], expected)
+
+
+def test_settings_without_effect_are_refused():
+    with pytest.raises(ValueError, match="hidden_dims"):
+        HollowNN(3, [8, 8], conditioner=GroupedConditioner(3, [8, 8]))
+    with pytest.raises(ValueError, match="transformer_dim"):
+        HollowNN(3, transformer=torch.nn.Linear(34, 1), transformer_dim=8)
+
+
+def test_conditioner_that_overrides_nothing():
+    with pytest.raises(NotImplementedError, match="forward or bind"):
+        HollowNN(3, conditioner=Conditioner(3, 4))

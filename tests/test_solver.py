@@ -617,3 +617,47 @@ def test_a_solver_is_a_value():
     assert first != replace(first, adjoint=True)
     with pytest.raises(FrozenInstanceError):
         first.method = "euler"
+
+
+@pytest.mark.parametrize("adjoint", (False, True), ids=("direct", "adjoint"))
+def test_a_sample_at_rest_does_not_spoil_gradients(adjoint):
+    # The choice of the first step divides by norms, which are 0 for the second sample.
+    w = torch.tensor(0.7, requires_grad=True)
+    y0 = torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)
+    solver = Solver(rtol=1e-9, atol=1e-9, adjoint=adjoint)
+    solver.integrate(Field(lambda t, y: -w * y, w), y0, 0.0, 1.0).state.sum().backward()
+    torch.testing.assert_close(w.grad, -3 * torch.exp(-w.detach()), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(y0.grad, torch.exp(-w.detach()).expand(2, 2), rtol=1e-6, atol=0.0)
+
+
+def test_every_backward_pass_has_its_own_budget():
+    w = torch.ones((), requires_grad=True)
+    solver = Solver("rk4", options={"step_size": 0.2}, adjoint=True, max_nfe=25)
+    solution = solver.integrate(Field(lambda t, y: w * y, w), torch.ones(1, 1), 0.0, 1.0)
+    for _ in range(3):
+        torch.autograd.grad(solution.state.sum(), w, retain_graph=True)
+    assert solution.stats.nfe_backward == 60
+
+
+def test_options_are_the_solvers_own():
+    options = {"step_size": 0.5}
+    solver = Solver("rk4", options=options)
+    options["step_size"] = 0.1
+    assert solver.options["step_size"] == 0.5
+
+
+def test_unknown_solver_of_scipy():
+    with pytest.raises(ValueError, match=r"options\['solver'\].*FOO"):
+        Solver("scipy_solver", options={"solver": "FOO"})
+
+
+def test_filters_of_warnings_are_left_alone():
+    before = list(warnings.filters)
+    Solver("implicit_adams").integrate(lambda t, y: -y, torch.ones(1, 1), 0.0, 1.0)
+    assert warnings.filters == before
+
+
+def test_default_device_does_not_matter():
+    with torch.device("meta"):
+        state = Solver().integrate(lambda t, y: -y, torch.ones(1, 1, device="cpu"), 0.0, 1.0).state
+    torch.testing.assert_close(state, torch.exp(torch.tensor([[-1.0]])), rtol=1e-4, atol=0.0)

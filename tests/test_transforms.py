@@ -542,3 +542,28 @@ def test_cuda(make):
     assert_close(device._inverse(y).cpu(), x, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="input is torch.float64 on cpu, but the network"):
         device(x)
+
+
+def test_inverse_gives_both_by_one_solve():
+    flow = hollow_cnf(3, cache_size=0, solver=Solver(rtol=1e-9, atol=1e-9))
+    y = torch.randn(4, 3)
+    x, ladj = flow.inv.call_and_ladj(y)
+    torch.testing.assert_close(flow(x), y, rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(ladj, -flow.log_abs_det_jacobian(x, y), rtol=0.0, atol=1e-6)
+
+
+def test_sibling_has_registers_of_its_own():
+    flow = hollow_cnf(3)
+    sibling = flow.with_cache(0)
+    assert sibling.nn is flow.nn
+    network = flow.nn
+    sibling.nn = hollow_cnf(3).nn
+    assert flow.nn is network
+
+
+def test_zero_inputs_have_finite_gradients():
+    x = torch.randn(5, 3)
+    x[2] = 0
+    x.requires_grad_()
+    hollow_cnf(3)(x).sum().backward()
+    assert torch.isfinite(x.grad).all()
