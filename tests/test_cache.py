@@ -16,7 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 from transform_checks import CONDITIONAL, CONTEXT_DIM, MODULES, QUICK, TIGHT, base, draw
 
-from pyro_hollow import Solver
+from pyro_hollow import Solver, hollow_cnf
 
 # The cache is the same for all flows: one of either kind is enough.
 KINDS = {"hollow": MODULES["leave-one-out"], "free-form": MODULES["free-form"]}
@@ -537,3 +537,14 @@ def test_clear_cache_after_writing_past_autograd():
     nn.init.normal_(next(flow.parameters()).data)
     flow.clear_cache()
     assert_close(flow(x), fresh(flow)(x), rtol=0, atol=0)
+
+
+def test_solvers_are_told_apart_by_identity():
+    # Options may hold tensors, which do not compare to one truth value.
+    flow, x = hollow_cnf(2), torch.randn(3, 2)
+    for _ in range(2):
+        flow.solver = Solver(options={"jump_t": torch.tensor([0.3, 0.6])})
+        flow(x)
+        stats = flow.last_solve
+        flow(x)
+        assert flow.last_solve is stats

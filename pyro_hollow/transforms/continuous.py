@@ -75,9 +75,13 @@ class _Stamp:
             self._versions is not None
             and self._versions == other._versions
             and self._states == other._states
-            and all(a is b for a, b in zip(self._tensors, other._tensors, strict=True))
-            and self._settings == other._settings
+            and _same(self._tensors, other._tensors)
+            and _same(self._settings, other._settings)
         )
+
+
+def _same(objects: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return all(a is b for a, b in zip(objects, others, strict=True))
 
 
 class _Cached(NamedTuple):
@@ -215,9 +219,8 @@ class ConditionedCNF(Transform):
         cached = self._lookup(x=x, y=y)
         if cached is None:
             return self._integrate(x, 0.0, self.time)[1]
-        if (
-            cached.from_inverse
-        ):  # log_prob has both; scoring the same data again may be after a change unseen by versions
+        if cached.from_inverse:
+            # log_prob has all it needs. When it scores the same data again, parameters may have changed unseen.
             self.clear_cache()
         return cached.ladj
 
