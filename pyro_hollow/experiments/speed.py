@@ -233,10 +233,10 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def memory_table(d: int, batch: int, threads: int) -> list[str]:
+def memory_table(d: int, batch: int, threads: int, cases: Sequence[str] = MEMORY_CASES) -> list[str]:
     """Rows: peak memory of a training step, each measured in a process of its own."""
     lines = ["| divergence | backpropagation (MiB) | adjoint (MiB) |", "|---|---|---|"]
-    for case in tqdm(MEMORY_CASES, desc="memory", leave=False):
+    for case in tqdm(cases, desc="memory", leave=False):
         cells = []
         for adjoint in (False, True):
             code = (

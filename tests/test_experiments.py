@@ -1,0 +1,84 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+import re
+
+import pytest
+import torch
+
+from pyro_hollow.experiments import defaults, speed
+from pyro_hollow.nn import HollowNN
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    torch.set_default_dtype(torch.float32)
+
+
+def numbers(row):
+    return [float(cell) for cell in re.findall(r"(?<=\| )[\d.]+(?= )", row)]
+
+
+@pytest.mark.parametrize("target", defaults.TARGETS)
+def test_targets_are_normalised(target):
+    # Each is defined for any dimension; in two, a grid tells its integral.
+    log_density, _ = defaults.TARGETS[target]
+    axis = torch.linspace(-9, 9, 1201, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, torch.linspace(-60, 60, 6001, dtype=torch.float64))
+    cell = (axis[1] - axis[0]) * 120 / 6000
+    inside = log_density(grid).exp().sum() * cell
+    # The funnel is wider than the grid: P(|x| > 60) is below 0.01.
+    assert abs(inside - 1) < (1e-2 if "funnel" in target else 1e-3)
+
+
+def test_tables_of_the_defaults(capsys):
+    defaults.main(["--variant", "default", "transformer_dim 8", "--target", "ring 2-d", "--steps", "2"])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| ") and "---" not in line]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| setting", "| default", "| transformer_dim 8", "| rtol = atol", "| 0.01", "| 0.001", "| 0.0001", "| 1e-05",
+        "| 1e-06",
+    ]  # fmt: skip
+    assert all(torch.tensor(numbers(row)).isfinite().all() for row in rows)
+
+
+def test_fits_get_better():
+    torch.manual_seed(0)
+    before, _ = defaults.fit("banana 2-d", 1, 0)
+    after, _ = defaults.fit("banana 2-d", 100, 0)
+    assert defaults._test(after, "banana 2-d", defaults.TEST_SOLVER) < defaults._test(
+        before, "banana 2-d", defaults.TEST_SOLVER
+    )
+
+
+def test_speed_of_the_divergence():
+    rows = speed.divergence_over_field([2, 3], batch=4, repeats=1)[2:]
+    assert [tuple(numbers(row))[0] for row in rows] == [2, 3] * len(speed.CONDITIONERS)
+    assert all(ratio > 0 for row in rows for ratio in numbers(row)[-2:])
+
+
+def test_speed_of_the_peers():
+    (row,) = speed.peers_over_hollow([3], batch=4, repeats=1)[2:]
+    assert numbers(row)[0] == 3 and len(numbers(row)) == 6
+
+
+@pytest.mark.parametrize("d", (2, 16, 64))
+def test_peer_has_as_many_parameters(d):
+    parameters = speed._count(HollowNN(d))
+    assert abs(speed._count(speed.free_form_peer(d, parameters)) / parameters - 1) < 0.05
+
+
+def test_source_and_closed_form_agree():
+    net = HollowNN(3)
+    t, x = torch.tensor(0.3), torch.randn(5, 3)
+    for value, expected in zip(
+        speed.SourceField(net).with_divergence(t, x), net.bind().with_divergence(t, x), strict=True
+    ):
+        torch.testing.assert_close(value, expected)
+
+
+def test_memory_of_a_step():
+    # Intermediate states of four steps take hundreds of MiB at this size, and less with the adjoint method.
+    rows = speed.memory_table(32, 512, 1, cases=("hollow",))[2:]
+    backpropagation, adjoint = numbers(rows[0])
+    assert backpropagation > adjoint > 0
