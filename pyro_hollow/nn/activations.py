@@ -74,7 +74,10 @@ class _LogisticWithSlope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_value: Tensor, grad_slope: Tensor) -> Tensor:
         u, slope = ctx.saved_tensors
-        return slope * torch.addcmul(grad_value, grad_slope, 1.0 - 2.0 * u)
+        total = grad_value + grad_slope
+        if torch.is_grad_enabled():
+            return slope * torch.addcmul(total, grad_slope, u, value=-2.0)
+        return total.addcmul_(grad_slope, u, value=-2.0).mul_(slope)  # in one buffer
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
