@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, get_activation
-from .layout import columns, flatten_offset, flatten_time
+from .layout import columns, flatten_offset, flatten_time, project
 
 __all__ = [
     "BoundConditioner",
@@ -116,8 +116,7 @@ class _Offset(nn.Module):
         """``rate`` times the offset at time 0, of shape ``(units, 1 or *context_batch)``, and its slope."""
         offset: Tensor = self.bias
         if self.context_weight is not None and context is not None:
-            projected = columns(context @ self.context_weight.mT).view(self.bias.shape[0], *context.shape[:-1])
-            offset = projected + self.bias.view(-1, *(1,) * (context.dim() - 1))
+            offset = project(context, self.context_weight, self.bias)
         return offset * rate, self.time_weight * rate
 
 

@@ -25,6 +25,12 @@ def rows(x: Tensor, batch_shape: Sequence[int]) -> Tensor:
     return x.mT.reshape(*batch_shape, x.shape[0])
 
 
+def project(context: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``weight @ context + bias`` for a bias of shape ``(*units, 1)``, as ``(*units, *context_batch)``."""
+    units, batch_shape = bias.shape[:-1], context.shape[:-1]
+    return columns(context @ weight.mT).view(*units, *batch_shape) + bias.view(*units, *(1,) * len(batch_shape))
+
+
 def flatten_time(t: Tensor, x: Tensor) -> Tensor:
     """Time in the type of x: a scalar, or one per sample, flattened as the batch of x is."""
     t = t.to(x.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import get_activation
-from .layout import columns, flatten_offset, flatten_time, rows
+from .layout import columns, flatten_offset, flatten_time, project, rows
 
 __all__ = ["BoundTransformer", "ClosedFormTransformer", "ModuleTransformer", "Transformer"]
 
@@ -141,8 +141,7 @@ class _BoundClosedForm(BoundTransformer):
         s = net._activation
         offset: Tensor = net.bias
         if context is not None and net.context_weight is not None:
-            projected = columns(context @ net.context_weight.mT).view(net.input_dim, net.width + 2, *context.shape[:-1])
-            offset = projected + net.bias.view(net.input_dim, -1, *(1,) * (context.dim() - 1))
+            offset = project(context, net.context_weight, net.bias)
         rates = net.bias.new_tensor([s.rate] * net.width + [1.0, 1.0])
         self._width = net.width
         self._derivatives = s.derivatives
@@ -153,6 +152,7 @@ class _BoundClosedForm(BoundTransformer):
         self._output_weight = net.output_weight * s.scale
         self._slopes = self._output_weight * self._input_weight.mT
         self._shift = net.output_weight.sum(-1, keepdim=True) * s.shift
+        # Without the slopes: their gradient reaches the two weights on its own, and would count twice.
         self.tensors = (
             self._weight, self._time_weight, self._offset, self._input_weight, self._output_weight, self._shift
         )  # fmt: skip
