@@ -178,13 +178,9 @@ class Monitor:
         )
 
     def _worst_sample(self, derivative: State) -> tuple[int, ...]:
-        rows = [part.detach().reshape(self.batch_shape.numel(), -1) for part in parts(derivative)]
+        rows = [part.reshape(self.batch_shape.numel(), -1) for part in parts(derivative)]
         size = torch.cat(rows, dim=-1).abs().nan_to_num(nan=math.inf, posinf=math.inf).amax(-1)
-        worst, sample = int(size.argmax()), []
-        for length in reversed(self.batch_shape):
-            worst, index = divmod(worst, length)
-            sample.append(index)
-        return tuple(reversed(sample))
+        return tuple(int(index) for index in torch.unravel_index(size.argmax(), self.batch_shape))
 
 
 class StepMonitor(Monitor):
