@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyro
@@ -288,14 +289,20 @@ def _mean(values: list[float]) -> str:
     return f"{mean:.2f} ± {deviation:.2f}"
 
 
-@torch.no_grad()
-def draw_images(vae: VAE, images: Images, folder: Path, device: torch.device) -> None:
-    """Writes reconstructions.png (above the original, below its reconstruction) and samples.png to a folder."""
+def _pyplot() -> ModuleType:
+    """matplotlib for files, imported where it is needed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+@torch.no_grad()
+def draw_images(vae: VAE, images: Images, folder: Path, device: torch.device) -> None:
+    """Writes reconstructions.png (above the original, below its reconstruction) and samples.png to a folder."""
+    plt = _pyplot()
     x = binarized_test(images)[:16].to(device)
     pairs = torch.stack([x, vae.decode(vae.posterior(x).rsample())])
     samples = vae.decode(torch.randn(8 * 16, vae.latent_dim, device=device)).view(8, 16, -1)
@@ -314,11 +321,7 @@ def draw_images(vae: VAE, images: Images, folder: Path, device: torch.device) ->
 
 def draw_training(results: Sequence[Result], path: Path) -> None:
     """Draws the training loss of several runs against the epoch and against seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     colours = dict(zip(FLOWS, ("#000000", "#56B4E9", "#D55E00", "#009E73"), strict=True))
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for ax, key, label in zip(axes, ("epoch", "seconds"), ("epoch", "training time (s)"), strict=True):
