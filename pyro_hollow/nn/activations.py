@@ -30,10 +30,13 @@ class Activation:
 
     :param apply: :math:`g`; may overwrite its argument.
     :param derivatives: maps z and an order k to :math:`[g(z), g'(z), \dots, g^{(k)}(z)]`; leaves z alone.
+    :param pull: maps a gradient of :math:`g(z)`, the argument of apply as it was left, and :math:`g(z)` to the gradient
+        of z.
     """
 
     apply: Callable[[Tensor], Tensor]
     derivatives: Callable[[Tensor, int], list[Tensor]]
+    pull: Callable[[Tensor, Tensor, Tensor], Tensor]
     rate: float = 1.0
     scale: float = 1.0
     shift: float = 0.0
@@ -91,13 +94,17 @@ def _logistic(z: Tensor, order: int) -> list[Tensor]:
         return list(_LogisticWithSlope.apply(z))
     u = torch.sigmoid(z)
     values = [u]
-    for coefficients in _logistic_polynomials(order)[1:]:
-        # P_k(u) = u Q(u) by Horner's scheme; the first, u - u^2, is one operation.
+    if order >= 1:
+        values.append(torch.addcmul(u, u, u, value=-1.0))
+    if order >= 2:
+        values.append(torch.addcmul(values[1], values[1], u, value=-2.0))  # u'' = u' (1 - 2 u)
+    for coefficients in _logistic_polynomials(order)[3:]:
+        # P_k(u) = u Q(u) by Horner's scheme.
         *lower, c, top = coefficients[1:]
-        value = torch.addcmul(u, u, u, value=top) if not lower else u * top + c
+        value = u * top + c
         for c in reversed(lower):
             value = value * u + c
-        values.append(value * u if lower else value)
+        values.append(value * u)
     return values
 
 
@@ -111,11 +118,23 @@ def _silu(z: Tensor, order: int) -> list[Tensor]:
     return [z * u[0], *(torch.addcmul(k * u[k - 1], z, u[k]) for k in range(1, order + 1))]
 
 
+def _pull_logistic(gradient: Tensor, z: Tensor, value: Tensor) -> Tensor:
+    return torch.ops.aten.sigmoid_backward(gradient, value)
+
+
+def _pull_softplus(gradient: Tensor, z: Tensor, value: Tensor) -> Tensor:
+    return gradient * torch.sigmoid(z)
+
+
+def _pull_silu(gradient: Tensor, z: Tensor, value: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward(gradient, z)
+
+
 #: The activations, by name. All are smooth: the divergence of a ReLU field would be piecewise constant.
 ACTIVATIONS = {
-    "tanh": Activation(torch.sigmoid_, _logistic, rate=2.0, scale=2.0, shift=-1.0),
-    "softplus": Activation(F.softplus, _softplus),
-    "silu": Activation(F.silu, _silu),
+    "tanh": Activation(torch.sigmoid_, _logistic, _pull_logistic, rate=2.0, scale=2.0, shift=-1.0),
+    "softplus": Activation(F.softplus, _softplus, _pull_softplus),
+    "silu": Activation(F.silu, _silu, _pull_silu),
 }
 
 

@@ -180,19 +180,31 @@ class GroupedConditioner(Conditioner):
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
         """See :meth:`Conditioner.bind`."""
-        s = self._activation
-        offset, time_weight = self.offset.bind(context, s.rate)
-        weight = torch.cat([self.weight * self.mask * s.rate, time_weight], dim=1)
-        layers = self.layers.bind(s)
+        return BoundGrouped(self, context)
 
-        def function(t: Tensor, x: Tensor) -> Tensor:
-            z = torch.addmm(flatten_offset(offset, 1, x.shape[:-1]), weight, _with_time(t, x))
-            h = s.apply(z).view(self.input_dim, z.shape[0] // self.input_dim, z.shape[-1])
-            for bias, w in layers:
-                h = s.apply(torch.baddbmm(bias, w, h))
-            return _from_columns(h, x.shape[:-1])
 
-        return BoundConditioner(function, (weight, offset, *chain.from_iterable(layers)))
+class BoundGrouped(BoundConditioner):
+    """
+    A grouped conditioner; see :class:`GroupedConditioner`.
+
+    :ivar weight: of the first layer, with shape ``(d * units, d + 1)``; its last column belongs to time.
+    :ivar offset: of the first layer, with shape ``(d * units, 1 or *context_batch)``.
+    :ivar layers: the later layers, as pairs (bias, weight).
+    """
+
+    def __init__(self, net: GroupedConditioner, context: Tensor | None) -> None:
+        self.activation = s = net._activation
+        self.offset, time_weight = net.offset.bind(context, s.rate)
+        self.weight = torch.cat([net.weight * net.mask * s.rate, time_weight], dim=1)
+        self.layers = net.layers.bind(s)
+        self.tensors = (self.weight, self.offset, *chain.from_iterable(self.layers))
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        z = torch.addmm(flatten_offset(self.offset, 1, x.shape[:-1]), self.weight, _with_time(t, x))
+        h = self.activation.apply(z.unflatten(0, (x.shape[-1], -1)))
+        for bias, weight in self.layers:
+            h = self.activation.apply(torch.baddbmm(bias, weight, h))
+        return _from_columns(h, x.shape[:-1])
 
 
 class MaskedConditioner(Conditioner):

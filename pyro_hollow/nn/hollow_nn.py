@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .conditioner import CONDITIONERS, BoundConditioner, Conditioner
-from .transformer import BoundTransformer, ClosedFormTransformer, ModuleTransformer, Transformer
+from .conditioner import CONDITIONERS, BoundConditioner, BoundGrouped, Conditioner
+from .tape import HollowTape
+from .transformer import BoundClosedForm, BoundTransformer, ClosedFormTransformer, ModuleTransformer, Transformer
 
 __all__ = ["ConditionalHollowNN", "HollowField", "HollowNN"]
 
@@ -72,6 +73,17 @@ class HollowField:
         if order < 0:
             raise ValueError(f"order must be 0 or more, but got {order}")
         return self.transformer.derivatives(t, x, self.conditioner(t, x), order)
+
+    def tape(self, batch_shape: torch.Size) -> HollowTape | None:
+        """
+        A tape that records evaluations of the field with its divergence and differentiates them by hand, as a solver of
+        fixed step uses it; None for other conditioners than "grouped" and for a transformer of your own.
+
+        :param batch_shape: the batch shape ``(*,)`` of the states.
+        """
+        if isinstance(self.conditioner, BoundGrouped) and isinstance(self.transformer, BoundClosedForm):
+            return HollowTape(self.conditioner, self.transformer, batch_shape)
+        return None
 
 
 class ConditionalHollowNN(nn.Module):

@@ -127,15 +127,19 @@ class ClosedFormTransformer(Transformer):
 
     def bind(self, context: Tensor | None = None) -> BoundTransformer:
         """See :meth:`Transformer.bind`."""
-        return _BoundClosedForm(self, context)
+        return BoundClosedForm(self, context)
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, {self.hidden_dim}, width={self.width}, activation={self.activation!r}"
 
 
-class _BoundClosedForm(BoundTransformer):
-    # Inside, tensors are coordinate-major, (d, features, batch), so that each layer is one batched matrix product.
-    # The activation's affine part is worked into the weights; see Activation.
+class BoundClosedForm(BoundTransformer):
+    """
+    A closed-form transformer; see :class:`ClosedFormTransformer`.
+
+    Inside, tensors are coordinate-major, ``(d, features, batch)``, so that each layer is one batched matrix product. The
+    activation's affine part is worked into the weights; see Activation.
+    """
 
     def __init__(self, net: ClosedFormTransformer, context: Tensor | None) -> None:
         s = net._activation
@@ -143,18 +147,18 @@ class _BoundClosedForm(BoundTransformer):
         if context is not None and net.context_weight is not None:
             offset = project(context, net.context_weight, net.bias)
         rates = net.bias.new_tensor([s.rate] * net.width + [1.0, 1.0])
-        self._width = net.width
-        self._derivatives = s.derivatives
-        self._weight = net.weight * rates.view(-1, 1)
-        self._time_weight = net.time_weight * rates.view(-1, 1)
-        self._offset = offset * rates.view(-1, *(1,) * (offset.dim() - 2))
-        self._input_weight = net.input_weight * s.rate
-        self._output_weight = net.output_weight * s.scale
-        self._slopes = self._output_weight * self._input_weight.mT
-        self._shift = net.output_weight.sum(-1, keepdim=True) * s.shift
+        self.width = net.width
+        self.activation = s
+        self.weight = net.weight * rates.view(-1, 1)
+        self.time_weight = net.time_weight * rates.view(-1, 1)
+        self.offset = offset * rates.view(-1, *(1,) * (offset.dim() - 2))
+        self.input_weight = net.input_weight * s.rate
+        self.output_weight = net.output_weight * s.scale
+        self.slopes = self.output_weight * self.input_weight.mT
+        self.shift = net.output_weight.sum(-1, keepdim=True) * s.shift
         # Without the slopes: their gradient reaches the two weights on its own, and would count twice.
         self.tensors = (
-            self._weight, self._time_weight, self._offset, self._input_weight, self._output_weight, self._shift
+            self.weight, self.time_weight, self.offset, self.input_weight, self.output_weight, self.shift
         )  # fmt: skip
 
     def derivatives(self, t: Tensor, x: Tensor, h: Tensor, order: int) -> tuple[Tensor, ...]:
@@ -162,16 +166,16 @@ class _BoundClosedForm(BoundTransformer):
         t = flatten_time(t, x)
         x = columns(x).unsqueeze(1)
         h = h.reshape(-1, *h.shape[-2:]).permute(1, 2, 0)
-        offset = torch.addcmul(flatten_offset(self._offset, 2, batch_shape), self._time_weight, t)
-        p, a, b = torch.baddbmm(offset, self._weight, h).split([self._width, 1, 1], dim=1)
-        s = self._derivatives(torch.addcmul(p, self._input_weight, x), order)
-        affine = torch.addcmul(b + self._shift, a, x)
-        results = [torch.baddbmm(affine, self._output_weight, s[0])]
+        offset = torch.addcmul(flatten_offset(self.offset, 2, batch_shape), self.time_weight, t)
+        p, a, b = torch.baddbmm(offset, self.weight, h).split([self.width, 1, 1], dim=1)
+        s = self.activation.derivatives(torch.addcmul(p, self.input_weight, x), order)
+        affine = torch.addcmul(b + self.shift, a, x)
+        results = [torch.baddbmm(affine, self.output_weight, s[0])]
         if order >= 1:
-            results.append(torch.baddbmm(a, self._slopes, s[1]))
-        slopes = self._slopes
+            results.append(torch.baddbmm(a, self.slopes, s[1]))
+        slopes = self.slopes
         for k in range(2, order + 1):
-            slopes = slopes * self._input_weight.mT
+            slopes = slopes * self.input_weight.mT
             results.append(torch.bmm(slopes, s[k]))
         # Joined and parted again, the gradients of the results arrive contiguous: bmm is five times slower without.
         return tuple(rows(value, batch_shape) for value in torch.cat(results, dim=1).unbind(1))

@@ -16,6 +16,7 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
+from . import runge_kutta
 from .monitor import Monitor, SolverError, SolverStats, StepMonitor, are_finite, parts
 
 __all__ = ["METHODS", "Solution", "Solver", "SolverError", "SolverStats"]
@@ -148,6 +149,8 @@ class Solver:
                 "those of the example. Use a method of fixed step, for example Solver('rk4')."
             )
         tensors = self._check_gradients(field, state)
+        if (end := self._by_tape(field, state, times, stats)) is not None:
+            return Solution(end, stats)
         watch = Monitor if self.method == "scipy_solver" else StepMonitor
         monitor = watch(field, self, stats, first.shape[:-1], (t0, t1))
         times = times.to(first.device)
@@ -169,6 +172,27 @@ class Solver:
                 if part.requires_grad:
                     part.register_hook(_before_backward(monitor))
         return Solution(end, stats)
+
+    def _by_tape(self, field: VectorField, state: State, times: Tensor, stats: SolverStats) -> State | None:
+        """The state at the end, if the field has a tape and the method takes one, and if all goes well."""
+        plain = not (self.adjoint or self.method not in runge_kutta.TABLEAUS or set(self.options) - {"step_size"})
+        if not plain or not hasattr(field, "tape") or _is_transformed():
+            return None
+        grid = _equal_steps(times, self.options.get("step_size")).tolist()
+        steps = len(grid) - 1
+        nfe = steps * len(runge_kutta.TABLEAUS[self.method].b)
+        if nfe > self.max_nfe:
+            return None
+        x, integral = state
+
+        def generic(x: Tensor) -> State:
+            return self._odeint(field, (x, torch.zeros_like(integral)), times.to(x.device), None)
+
+        result = runge_kutta.solve(field, generic, self.method, x, grid)
+        if result is None or not are_finite(result):
+            return None
+        stats.nfe, stats.accepted = nfe, steps
+        return result[0], result[1] + integral
 
     def _odeint(self, func: VectorField, state: State, times: Tensor, tensors: tuple[Tensor, ...] | None) -> State:
         """The state at the end; with the adjoint method if tensors are given and it is wanted."""
@@ -225,6 +249,15 @@ class Solver:
                     "method 'scipy_solver' has no gradients of its own: use adjoint=True or torch.no_grad()"
                 )
         return tensors
+
+
+def _is_transformed() -> bool:
+    """Whether operations are traced, or differentiated by other means than a backward pass."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 @contextmanager
