@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Explicit Runge-Kutta methods of fixed step whose backward pass is written by hand.
+Explicit Runge-Kutta methods whose backward pass is written by hand.
 
 torchdiffeq solves, and automatic differentiation records, one small operation at a time. A field that can record an
 evaluation and pull gradients back through it (a :class:`Taped` field) needs neither: the solve becomes one node of the
@@ -11,14 +11,16 @@ graph, with the same values and the same gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["TABLEAUS", "Tableau", "Tape", "Taped", "solve"]
+__all__ = ["TABLEAUS", "Path", "Tableau", "Tape", "Taped", "adaptive", "fixed", "solve"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,17 @@ class Tableau:
     :ivar a: for each stage the weights of the slopes of the stages before it.
     :ivar b: the weights of the slopes in the step.
     :ivar c: for each stage its time within the step.
+    :ivar error: the weights of the slopes, and of the slope at the end of the step, in the estimate of the step's error;
+        empty for a method of fixed step.
+    :ivar order: the order of the method.
     :raises ValueError: for coefficients of an inconsistent method.
     """
 
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     c: tuple[float, ...]
+    error: tuple[float, ...] = ()
+    order: int = 0
 
     def __post_init__(self) -> None:
         rows = [len(row) for row in self.a]
@@ -42,6 +49,8 @@ class Tableau:
             raise ValueError(f"stage i of a tableau must have i weights, but got {rows} for {len(self.b)} stages")
         if any(abs(sum(row) - c) > 1e-12 for row, c in zip(self.a, self.c, strict=True)) or abs(sum(self.b) - 1) > 1e-12:
             raise ValueError("each row of a must sum to its c, and b to 1")
+        if self.error and (len(self.error) != len(self.b) + 1 or abs(sum(self.error)) > 1e-12):
+            raise ValueError("error must have one weight more than b, and they must sum to 0")
 
 
 #: The methods of torchdiffeq of the same names ("rk4" is the 3/8 rule).
@@ -52,6 +61,28 @@ TABLEAUS = {
     "heun3": Tableau(((), (1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4), (0.0, 1 / 3, 2 / 3)),
     "rk4": Tableau(
         ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8), (0.0, 1 / 3, 2 / 3, 1.0)
+    ),
+    "bosh3": Tableau(
+        ((), (1 / 2,), (0.0, 3 / 4)),
+        (2 / 9, 1 / 3, 4 / 9),
+        (0.0, 1 / 2, 3 / 4),
+        (2 / 9 - 7 / 24, 1 / 3 - 1 / 4, 4 / 9 - 1 / 3, -1 / 8),
+        3,
+    ),
+    "dopri5": Tableau(
+        (
+            (),
+            (1 / 5,),
+            (3 / 40, 9 / 40),
+            (44 / 45, -56 / 15, 32 / 9),
+            (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+            (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        ),
+        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+        (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0),
+        # Shampine's, two thirds of the difference to the embedded method of order 4.
+        tuple(2 / 3 * e for e in (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)),
+        5,
     ),
 }
 
@@ -88,81 +119,102 @@ class Taped(Protocol):
         """A tape for states of this batch shape; None if it has none for any."""
 
 
-def solve(
-    field: Taped, generic: Callable[[Tensor], tuple[Tensor, Tensor]], method: str, x: Tensor, times: Sequence[float]
-) -> tuple[Tensor, Tensor] | None:
+@dataclass
+class Path:
     """
-    Integrates along a grid of times.
+    A solve, with what it takes to go back.
 
-    :param field: the field.
-    :param generic: the same solve for automatic differentiation, which second derivatives fall back on.
-    :param str method: a name in :data:`TABLEAUS`.
-    :param Tensor x: the initial state with shape ``(*, d)``.
-    :param times: the grid.
-    :returns: the state at the last time and the integral of q, with shapes ``(*, d)`` and ``(*,)``; None if the field
-        has no tape.
+    :ivar x: the state at the end, packed.
+    :ivar integral: the integral of q, with shape ``(batch,)``.
+    :ivar times: where the accepted steps begin, and the end.
+    :ivar records: what the tape saved in each stage of each accepted step.
+    :ivar nfe: evaluations.
+    :ivar rejected: rejected steps.
     """
-    tape = field.tape(x.shape[:-1])
-    if tape is None:
-        return None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *field.tensors)):
-        return _Solve.apply(field, generic, tape, TABLEAUS[method], tuple(times), x, *field.tensors)
-    return _forward(tape, TABLEAUS[method], times, x, None)
+
+    x: Tensor
+    integral: Tensor
+    times: list[float]
+    records: list[tuple[Tensor, ...]] = field(default_factory=list)
+    nfe: int = 0
+    rejected: int = 0
 
 
-class _Solve(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        field: Taped,
-        generic: Callable[[Tensor], tuple[Tensor, Tensor]],
-        tape: Tape,
-        tableau: Tableau,
-        times: tuple[float, ...],
-        x: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        records: list[tuple[Tensor, ...]] = []
-        result = _forward(tape, tableau, times, x, records)
-        ctx.field, ctx.generic, ctx.tableau, ctx.times = field, generic, tableau, times
-        ctx.size = len(records[0])
-        ctx.save_for_backward(x, *tensors, *(tensor for record in records for tensor in record))
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, x_bar: Tensor, integral_bar: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
-        count = len(ctx.field.tensors)
-        tensors, saved = saved[:count], saved[count:]
-        if torch.is_grad_enabled():  # the gradients are to be differentiated, too
-            wanted = [v for v in (x, *tensors) if v.requires_grad]
-            gradients = iter(torch.autograd.grad(
-                ctx.generic(x), wanted, (x_bar, integral_bar), create_graph=True, materialize_grads=True
-            ))
-            return *[None] * 5, *(next(gradients) if v.requires_grad else None for v in (x, *tensors))
-        tape = ctx.field.tape(x.shape[:-1])  # a fresh one, as another backward pass may follow
-        records = [tuple(saved[i : i + ctx.size]) for i in range(0, len(saved), ctx.size)]
-        start_bar = _backward(tape, ctx.tableau, ctx.times, x_bar, integral_bar, records)
-        return *[None] * 5, start_bar, *tape.gradients()
+Record = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+March = Callable[[Tape, Tensor], Path]
 
 
-def _forward(
-    tape: Tape, tableau: Tableau, times: Sequence[float], x: Tensor, records: list[tuple[Tensor, ...]] | None
-) -> tuple[Tensor, Tensor]:
-    batch_shape, x = x.shape[:-1], tape.pack(x)
-    integral = None
-    for start, end in zip(times[:-1], times[1:], strict=True):
-        h = end - start
-        slopes: list[Tensor] = []
-        for row, b, c in zip(tableau.a, tableau.b, tableau.c, strict=True):
-            f, q, saved = tape.record(start + c * h, _step(x, h, row, slopes))
-            slopes.append(f)
-            integral = q * (h * b) if integral is None else integral.add_(q, alpha=h * b)
-            if records is not None:
-                records.append(saved)
-        x = _step(x, h, tableau.b, slopes)
-    assert integral is not None
-    return tape.unpack(x), integral.view(batch_shape)
+def fixed(tableau: Tableau, times: Sequence[float]) -> March:
+    """Steps along a grid of times."""
+
+    def march(tape: Tape, x: Tensor) -> Path:
+        path = Path(x, x.new_zeros(x.shape[1:]), list(times))
+        for t, end in zip(times[:-1], times[1:], strict=True):
+            slopes, integrands, saved = zip(*_stages(tape, tableau, t, end - t, path.x, []), strict=True)
+            path.x = _step(path.x, end - t, tableau.b, slopes)
+            path.integral = _step(path.integral, end - t, tableau.b, integrands)
+            path.records += saved
+            path.nfe += len(saved)
+        return path
+
+    return march
+
+
+def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, max_nfe: int) -> March:
+    """
+    Steps chosen such that for every sample the root mean square of error / (atol + rtol \\|x\\|) stays below 1, and the
+    same of the integral. The first step tries the whole interval, which a smooth field often allows.
+
+    The march raises an ArithmeticError if the end is out of reach.
+    """
+
+    def march(tape: Tape, x: Tensor) -> Path:
+        path = Path(x, x.new_zeros(x.shape[1:]), [t0], nfe=1)
+        first, h = tape.record(t0, x), t1 - t0
+        while path.times[-1] != t1:
+            t = path.times[-1]
+            if path.nfe + len(tableau.b) > max_nfe or t + h / 16 == t:
+                raise ArithmeticError(f"the end is out of reach from t = {t}")
+            end = t1 if abs(t1 - t) <= abs(h) * (1 + 1e-6) else t + h
+            slopes, integrands, saved = zip(*_stages(tape, tableau, t, end - t, path.x, [first]), strict=True)
+            x, integral = (
+                _step(start, end - t, tableau.b, rates)
+                for start, rates in ((path.x, slopes), (path.integral, integrands))
+            )
+            last = tape.record(end, x)
+            path.nfe += len(tableau.b)
+            error = torch.maximum(
+                _error(tableau, end - t, path.x, x, (*slopes, last[0]), rtol, atol).mean(0).max(),
+                _error(tableau, end - t, path.integral, integral, (*integrands, last[1]), rtol, atol).max(),
+            )
+            ratio = math.sqrt(float(error))
+            if ratio <= 1:
+                path.x, path.integral, first = x, integral, last
+                path.times.append(end)
+                path.records += saved
+            else:
+                path.rejected += 1
+            # A state that is not finite has no ratio either.
+            h = (end - t) * (min(10.0, max(0.2, 0.9 * max(ratio, 1e-10) ** (-1 / tableau.order))) if ratio < math.inf else 0.2)
+        return path
+
+    return march
+
+
+def _stages(tape: Tape, tableau: Tableau, t: float, h: float, x: Tensor, known: list[Record]) -> list[Record]:
+    """What the tape records in the stages of a step, of which the first ones may be known."""
+    records = known
+    for row, c in zip(tableau.a[len(known) :], tableau.c[len(known) :], strict=True):
+        records = [*records, tape.record(t + c * h, _step(x, h, row, [slope for slope, *_ in records]))]
+    return records
+
+
+def _error(
+    tableau: Tableau, h: float, start: Tensor, end: Tensor, slopes: Sequence[Tensor], rtol: float, atol: float
+) -> Tensor:
+    """The squares of the errors of a step, relative to the tolerance."""
+    error = _step(slopes[-1] * (h * tableau.error[-1]), h, tableau.error[:-1], slopes[:-1])
+    return error.div_(torch.maximum(start.abs(), end.abs()).mul_(rtol).add_(atol)).square_()
 
 
 def _step(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
@@ -174,6 +226,77 @@ def _step(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor
     return total
 
 
+def solve(
+    field: Taped,
+    generic: Callable[[Tensor], tuple[Tensor, Tensor]],
+    tableau: Tableau,
+    march: March,
+    x: Tensor,
+) -> tuple[Tensor, Tensor, Path] | None:
+    """
+    Solves, with gradients.
+
+    :param field: the field.
+    :param generic: the same solve for automatic differentiation, which second derivatives fall back on.
+    :param tableau: the method.
+    :param march: its steps, :func:`fixed` or :func:`adaptive`.
+    :param Tensor x: the initial state with shape ``(*, d)``.
+    :returns: the state at the end and the integral of q, with shapes ``(*, d)`` and ``(*,)``, and how it went; None if
+        the field has no tape.
+    :raises ArithmeticError: if the end is out of reach.
+    """
+    tape = field.tape(x.shape[:-1])
+    if tape is None:
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *field.tensors)):
+        paths: list[Path] = []
+        end, integral = _Solve.apply(field, generic, tape, tableau, march, paths, x, *field.tensors)
+        return end, integral, paths[0]
+    path = march(tape, tape.pack(x))
+    return tape.unpack(path.x), path.integral.view(x.shape[:-1]), path
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        field: Taped,
+        generic: Callable[[Tensor], tuple[Tensor, Tensor]],
+        tape: Tape,
+        tableau: Tableau,
+        march: March,
+        paths: list[Path],
+        x: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        path = march(tape, tape.pack(x))
+        ctx.field, ctx.generic, ctx.tableau, ctx.times = field, generic, tableau, path.times
+        ctx.size = len(path.records[0])
+        ctx.save_for_backward(x, *tensors, *chain.from_iterable(path.records))
+        path.records = []
+        paths.append(path)
+        return tape.unpack(path.x), path.integral.view(x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, x_bar: Tensor, integral_bar: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        count = len(ctx.field.tensors)
+        tensors, saved = saved[:count], saved[count:]
+        nothing = [None] * 6
+        if torch.is_grad_enabled():  # the gradients are to be differentiated, too
+            wanted = [v for v in (x, *tensors) if v.requires_grad]
+            gradients = iter(
+                torch.autograd.grad(
+                    ctx.generic(x), wanted, (x_bar, integral_bar), create_graph=True, materialize_grads=True
+                )
+            )
+            return *nothing, *(next(gradients) if v.requires_grad else None for v in (x, *tensors))
+        tape = ctx.field.tape(x.shape[:-1])  # a fresh one, as another backward pass may follow
+        records = [tuple(saved[i : i + ctx.size]) for i in range(0, len(saved), ctx.size)]
+        start_bar = _backward(tape, ctx.tableau, ctx.times, tape.pack(x_bar), integral_bar.reshape(-1), records)
+        return *nothing, tape.unpack(start_bar), *tape.gradients()
+
+
 def _backward(
     tape: Tape,
     tableau: Tableau,
@@ -182,7 +305,7 @@ def _backward(
     integral_bar: Tensor,
     records: list[tuple[Tensor, ...]],
 ) -> Tensor:
-    x_bar, integral_bar = tape.pack(x_bar), integral_bar.reshape(-1)
+    """The gradient of the initial state."""
     stages = range(len(tableau.b))
     for start, end in zip(times[-2::-1], times[:0:-1], strict=True):
         h = end - start
@@ -196,4 +319,4 @@ def _backward(
             states_bar.append(tape.pull(t, records.pop(), slope_bar, integral_bar * (h * tableau.b[i])))
             total = total + states_bar[-1]
         x_bar = total
-    return tape.unpack(x_bar)
+    return x_bar

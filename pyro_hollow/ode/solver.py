@@ -175,23 +175,31 @@ class Solver:
 
     def _by_tape(self, field: VectorField, state: State, times: Tensor, stats: SolverStats) -> State | None:
         """The state at the end, if the field has a tape and the method takes one, and if all goes well."""
-        plain = not (self.adjoint or self.method not in runge_kutta.TABLEAUS or set(self.options) - {"step_size"})
-        if not plain or not hasattr(field, "tape") or _is_transformed():
+        tableau = runge_kutta.TABLEAUS.get(self.method)
+        known = set() if self.adaptive else {"step_size"}
+        if tableau is None or self.adjoint or set(self.options) - known or not hasattr(field, "tape") or _is_transformed():
             return None
-        grid = _equal_steps(times, self.options.get("step_size")).tolist()
-        steps = len(grid) - 1
-        nfe = steps * len(runge_kutta.TABLEAUS[self.method].b)
-        if nfe > self.max_nfe:
-            return None
+        if self.adaptive:
+            t0, t1 = times.tolist()
+            march = runge_kutta.adaptive(tableau, t0, t1, self.rtol, self.atol, self.max_nfe)
+        else:
+            grid = _equal_steps(times, self.options.get("step_size")).tolist()
+            if (len(grid) - 1) * len(tableau.b) > self.max_nfe:
+                return None
+            march = runge_kutta.fixed(tableau, grid)
         x, integral = state
 
         def generic(x: Tensor) -> State:
             return self._odeint(field, (x, torch.zeros_like(integral)), times.to(x.device), None)
 
-        result = runge_kutta.solve(field, generic, self.method, x, grid)
-        if result is None or not are_finite(result):
+        try:
+            result = runge_kutta.solve(field, generic, tableau, march, x)
+        except ArithmeticError:
             return None
-        stats.nfe, stats.accepted = nfe, steps
+        if result is None or not are_finite(result[:2]):
+            return None
+        path = result[2]
+        stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
         return result[0], result[1] + integral
 
     def _odeint(self, func: VectorField, state: State, times: Tensor, tensors: tuple[Tensor, ...] | None) -> State:
