@@ -16,6 +16,7 @@ from .hollow_cnf import (
     ConditionalHollowCNF,
     ConditionedHollowCNF,
     HollowCNF,
+    Regularization,
     conditional_hollow_cnf,
     hollow_cnf,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "FreeFormCNF",
     "FreeFormNN",
     "HollowCNF",
+    "Regularization",
     "conditional_free_form_cnf",
     "conditional_hollow_cnf",
     "free_form_cnf",

@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from pyro_hollow.ode import Solver, SolverStats
 
-__all__ = ["ConditionalCNF", "ConditionedCNF", "Field"]
+__all__ = ["ConditionalCNF", "ConditionedCNF", "Dynamics", "Field"]
 
 
 class Field(Protocol):
@@ -60,6 +60,15 @@ class _Augmented:
         return self._field.with_divergence(t, state[0])
 
 
+class Dynamics(Protocol):
+    """The right-hand side of a solve for the state, its log-determinant and what else is integrated along."""
+
+    tensors: tuple[Tensor, ...]
+
+    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The time derivatives of the parts of the state."""
+
+
 class _Stamp:
     """What must not have changed for a cached pair to be right."""
 
@@ -90,6 +99,7 @@ class _Cached(NamedTuple):
     x: Tensor
     y: Tensor
     ladj: Tensor
+    extras: tuple[Tensor, ...]
     stamp: _Stamp
     from_inverse: bool
 
@@ -155,6 +165,10 @@ class ConditionedCNF(Transform):
         """Makes the vector field for one solve."""
         raise NotImplementedError
 
+    def _dynamics(self, x: Tensor) -> tuple[Dynamics, tuple[Tensor, ...]]:
+        """The dynamics for one solve, and where what else they integrate begins; of shapes ``(*, ...)``."""
+        return _Augmented(self._bind()), ()
+
     @property
     def last_solve(self) -> SolverStats | None:
         """Statistics of the latest solve; None before the first."""
@@ -174,8 +188,8 @@ class ConditionedCNF(Transform):
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         cached = self._lookup(y=y)
         if cached is None:
-            x, integral = self._integrate(y, self.time, 0.0)
-            cached = self._store(x, y, -integral, from_inverse=True)
+            x, integral, *extras = self._integrate(y, self.time, 0.0)
+            cached = self._store(x, y, -integral, tuple(-extra for extra in extras), from_inverse=True)
         return cached.x, cached.ladj
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,8 +201,8 @@ class ConditionedCNF(Transform):
         """
         cached = self._lookup(x=x)
         if cached is None:
-            y, ladj = self._integrate(x, 0.0, self.time)
-            cached = self._store(x, y, ladj, from_inverse=False)
+            y, ladj, *extras = self._integrate(x, 0.0, self.time)
+            cached = self._store(x, y, ladj, tuple(extras), from_inverse=False)
         return cached.y, cached.ladj
 
     def _call(self, x: Tensor) -> Tensor:
@@ -226,15 +240,16 @@ class ConditionedCNF(Transform):
             self.clear_cache()
         return cached.ladj
 
-    def _integrate(self, state: Tensor, t0: float, t1: float) -> tuple[Tensor, Tensor]:
-        """The state at t1 and the integral of the divergence from t0 to t1."""
+    def _integrate(self, state: Tensor, t0: float, t1: float) -> tuple[Tensor, ...]:
+        """The state at t1, and the integrals of the divergence and of what else there is from t0 to t1."""
         self._check(state)
         if torch.is_inference_mode_enabled():
             # There no derivative can be taken, not even the one that a divergence by automatic differentiation needs.
             with torch.inference_mode(False), torch.no_grad():
                 return self._integrate(state.clone(), t0, t1)
         ladj = state.new_zeros(state.shape[:-1])
-        solution = self.solver.integrate(_Augmented(self._bind()), (state, ladj), t0, t1)
+        dynamics, extras = self._dynamics(state)
+        solution = self.solver.integrate(dynamics, (state, ladj, *extras), t0, t1)
         self._record.last = solution.stats
         return solution.state
 
@@ -301,8 +316,8 @@ class ConditionedCNF(Transform):
             return None
         return cached if cached.stamp.matches(self._stamp(cached.x, cached.y)) else None
 
-    def _store(self, x: Tensor, y: Tensor, ladj: Tensor, from_inverse: bool) -> _Cached:
-        cached = _Cached(x, y, ladj, self._stamp(x, y), from_inverse)
+    def _store(self, x: Tensor, y: Tensor, ladj: Tensor, extras: tuple[Tensor, ...], from_inverse: bool) -> _Cached:
+        cached = _Cached(x, y, ladj, extras, self._stamp(x, y), from_inverse)
         if self._cache_size == 0:
             return cached
         self._cached = cached
@@ -314,7 +329,7 @@ class ConditionedCNF(Transform):
             if transform is not None:
                 transform.clear_cache()
 
-        for tensor in (x if from_inverse else y, ladj):
+        for tensor in (x if from_inverse else y, ladj, *extras):
             if tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(forget)
         return cached

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from pyro.distributions import TransformModule
 from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.util import copy_docs_from
@@ -17,19 +18,122 @@ from torch.distributions import Transform
 from pyro_hollow.nn import ConditionalHollowNN, Conditioner, HollowField, HollowNN
 from pyro_hollow.ode import Solver
 
-from .continuous import ConditionalCNF, ConditionedCNF
+from .continuous import ConditionalCNF, ConditionedCNF, Dynamics
 
-__all__ = ["ConditionalHollowCNF", "ConditionedHollowCNF", "HollowCNF", "conditional_hollow_cnf", "hollow_cnf"]
+__all__ = [
+    "ConditionalHollowCNF",
+    "ConditionedHollowCNF",
+    "HollowCNF",
+    "Regularization",
+    "conditional_hollow_cnf",
+    "hollow_cnf",
+]
+
+
+class Regularization(NamedTuple):
+    r"""
+    What makes a flow expensive to integrate (Finlay et al., 2020), along the path of each sample. As the Jacobian is
+    split, only its hollow part needs an estimate.
+
+    :ivar kinetic: the kinetic energy :math:`\int_0^T \|f\|^2 dt` with shape ``(*,)``.
+    :ivar diagonal: :math:`\int_0^T \sum_i (\partial f_i / \partial x_i)^2 dt` with shape ``(*,)``, exact.
+    :ivar hollow: an unbiased estimate of :math:`\int_0^T \sum_{i 
+e j} (\partial f_i / \partial x_j)^2 dt` with shape
+        ``(*,)``, by one random probe.
+
+    References:
+
+    [1] Chris Finlay, Joern-Henrik Jacobsen, Levon Nurbekyan, Adam Oberman. How to Train Your Neural ODE: the World of
+    Jacobian and Kinetic Regularization. [arXiv:2002.02798]
+    """
+
+    kinetic: Tensor
+    diagonal: Tensor
+    hollow: Tensor
+
+    def penalty(self, kinetic: float = 1.0, jacobian: float = 1.0) -> Tensor:
+        """
+        The weighted sum, with shape ``(*,)``.
+
+        :param float kinetic: the weight of the kinetic energy.
+        :param float jacobian: the weight of the squared Frobenius norm of the Jacobian, diagonal and hollow.
+        """
+        return kinetic * self.kinetic + jacobian * (self.diagonal + self.hollow)
+
+
+class _Regularized:
+    """The dynamics of (state, log-determinant, the integrals of a :class:`Regularization`)."""
+
+    def __init__(self, field: HollowField, probe: Tensor) -> None:
+        self.tensors = field.tensors
+        self._field = field
+        self._probe = probe
+
+    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, field = state[0], self._field
+        create_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors))
+        with torch.enable_grad():
+            # The conditioner gets an alias of x of its own: the gradient with respect to it is that of the hollow part.
+            alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            f, diagonal = field.transformer.derivatives(t, x, field.conditioner(t, alias), 1)
+            (product,) = torch.autograd.grad(
+                f, alias, self._probe, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+        costs = torch.stack([part.square().sum(-1) for part in (f, diagonal, product)], dim=-1)
+        derivative = f, diagonal.sum(-1), costs
+        return derivative if create_graph else tuple(part.detach() for part in derivative)
 
 
 @copy_docs_from(Transform)
 class ConditionedHollowCNF(ConditionedCNF):
-    """A Hollow-CNF whose context is fixed, as :meth:`ConditionalHollowCNF.condition` returns it."""
+    """
+    A Hollow-CNF whose context is fixed, as :meth:`ConditionalHollowCNF.condition` returns it. For the parameters see
+    :class:`HollowCNF`.
+    """
 
     nn: ConditionalHollowNN
 
+    def __init__(
+        self,
+        nn: ConditionalHollowNN,
+        context: Tensor | None = None,
+        *,
+        solver: Solver | None = None,
+        time: float = 1.0,
+        cache_size: int = 1,
+        regularize: bool = False,
+    ) -> None:
+        super().__init__(nn, context, solver=solver, time=time, cache_size=cache_size)
+        self.regularize = regularize
+
     def _bind(self) -> HollowField:
         return self.nn.bind(self.context)
+
+    def _dynamics(self, x: Tensor) -> tuple[Dynamics, tuple[Tensor, ...]]:
+        if not self.regularize:
+            return super()._dynamics(x)
+        probe = torch.randint_like(x, 2).mul_(2).sub_(1)
+        return _Regularized(self._bind(), probe), (x.new_zeros(*x.shape[:-1], 3),)
+
+    def _settings(self) -> tuple[Any, ...]:
+        return *super()._settings(), self.regularize
+
+    @property
+    def regularization(self) -> Regularization:
+        """
+        What the latest call has integrated along, with gradients; it is forgotten with the cached pair.
+
+        :raises RuntimeError: without ``regularize=True``, and if there is no latest pair.
+        """
+        if not self.regularize:
+            raise RuntimeError("regularization needs regularize=True, so that it is integrated along")
+        cached = self._lookup()
+        if cached is None:
+            raise RuntimeError(
+                "regularization is that of the latest call, but there is none: call the flow first, and ask before "
+                "parameters change, before the backward pass, and with cache_size=1"
+            )
+        return Regularization(*cached.extras[0].unbind(-1))
 
 
 @copy_docs_from(TransformModule)
@@ -69,6 +173,11 @@ class HollowCNF(ConditionedHollowCNF, TransformModule):
     :type time: float
     :param cache_size: 1 to keep the latest pair of input and output, 0 not to.
     :type cache_size: int
+    :param regularize: True to integrate, within the same solve, what :attr:`regularization` then tells of the latest
+        call, for a penalty on dynamics that are expensive to integrate, by one line in a guide:
+        ``pyro.factor("penalty", 0.01 * flow.regularization.penalty(), has_rsample=True)``. (It stands in the guide,
+        whose log-density the ELBO subtracts.) Each evaluation then costs a backward pass through the network.
+    :type regularize: bool
 
     References:
 
@@ -78,8 +187,16 @@ class HollowCNF(ConditionedHollowCNF, TransformModule):
     [arXiv:1806.07366]
     """
 
-    def __init__(self, nn: HollowNN, *, solver: Solver | None = None, time: float = 1.0, cache_size: int = 1) -> None:
-        super().__init__(nn, solver=solver, time=time, cache_size=cache_size)
+    def __init__(
+        self,
+        nn: HollowNN,
+        *,
+        solver: Solver | None = None,
+        time: float = 1.0,
+        cache_size: int = 1,
+        regularize: bool = False,
+    ) -> None:
+        super().__init__(nn, solver=solver, time=time, cache_size=cache_size, regularize=regularize)
 
 
 @copy_docs_from(ConditionalTransformModule)
@@ -118,14 +235,28 @@ class ConditionalHollowCNF(ConditionalCNF):
     :type time: float
     :param cache_size: the cache size of the conditioned transforms.
     :type cache_size: int
+    :param regularize: as for :class:`HollowCNF`; ask the conditioned transform for its regularization.
+    :type regularize: bool
 
     References:
 
     [1] Ricky T. Q. Chen, David Duvenaud. Neural Networks with Cheap Differential Operators. [arXiv:1912.03579]
     """
 
+    def __init__(
+        self,
+        nn: ConditionalHollowNN,
+        *,
+        solver: Solver | None = None,
+        time: float = 1.0,
+        cache_size: int = 1,
+        regularize: bool = False,
+    ) -> None:
+        super().__init__(nn, solver=solver, time=time, cache_size=cache_size)
+        self.regularize = regularize
+
     def _condition(self, context: Tensor, settings: dict[str, Any]) -> ConditionedHollowCNF:
-        return ConditionedHollowCNF(self.nn, context, **settings)
+        return ConditionedHollowCNF(self.nn, context, **settings, regularize=self.regularize)
 
 
 def hollow_cnf(
@@ -136,6 +267,7 @@ def hollow_cnf(
     solver: Solver | None = None,
     time: float = 1.0,
     cache_size: int = 1,
+    regularize: bool = False,
     **kwargs: Any,
 ) -> HollowCNF:
     """
@@ -154,10 +286,12 @@ def hollow_cnf(
     :type time: float
     :param cache_size: 1 to keep the latest pair of input and output, 0 not to
     :type cache_size: int
+    :param regularize: True to integrate a penalty along; see :class:`~pyro_hollow.transforms.HollowCNF`
+    :type regularize: bool
     :param kwargs: transformer, transformer_dim and activation of the network
     """
     network = HollowNN(input_dim, hidden_dims, conditioner=conditioner, **kwargs)
-    return HollowCNF(network, solver=solver, time=time, cache_size=cache_size)
+    return HollowCNF(network, solver=solver, time=time, cache_size=cache_size, regularize=regularize)
 
 
 def conditional_hollow_cnf(
@@ -169,6 +303,7 @@ def conditional_hollow_cnf(
     solver: Solver | None = None,
     time: float = 1.0,
     cache_size: int = 1,
+    regularize: bool = False,
     **kwargs: Any,
 ) -> ConditionalHollowCNF:
     """
@@ -189,7 +324,11 @@ def conditional_hollow_cnf(
     :type time: float
     :param cache_size: 1 to keep the latest pair of input and output, 0 not to
     :type cache_size: int
+    :param regularize: True to integrate a penalty along; see :class:`~pyro_hollow.transforms.HollowCNF`
+    :type regularize: bool
     :param kwargs: transformer, transformer_dim and activation of the network
     """
     network = ConditionalHollowNN(input_dim, context_dim, hidden_dims, conditioner=conditioner, **kwargs)
-    return ConditionalHollowCNF(network, solver=solver, time=time, cache_size=cache_size)
+    return ConditionalHollowCNF(
+        network, solver=solver, time=time, cache_size=cache_size, regularize=regularize
+    )
