@@ -155,14 +155,14 @@ def test_one_coordinate_leaves_time_and_context(name, context_dim):
 
 def plain_offset(offset, t, context):
     """What a first layer adds for a bias, time and context."""
-    return offset.bias[:, 0] + offset.time_weight[:, 0] * t + offset.context_weight @ context
+    return offset.weight[:, 0] + offset.weight[:, 1] * t + offset.weight[:, 2:] @ context
 
 
 def plain_layers(conditioner, s, h, group, masks=None):
     """The layers behind the first, of one group."""
-    for k, (weight, bias) in enumerate(zip(conditioner.layers.weights, conditioner.layers.biases, strict=True)):
-        matrix = weight[group] if masks is None else weight[group] * masks[k]
-        h = s(matrix @ h + bias[group, :, 0])
+    for k, weight in enumerate(conditioner.layers.weights):
+        matrix, bias = weight[group, :, :-1], weight[group, :, -1]
+        h = s((matrix if masks is None else matrix * masks[k]) @ h + bias)
     return h
 
 

@@ -100,7 +100,8 @@ def assert_all_close(actual, expected, tolerance):
 
 def plain_closed_form(net, x, h, context):
     """The formula of the docstring, word by word."""
-    rows = torch.einsum("irk,...ik->...ir", net.weight, h) + (net.bias + net.time_weight * TIME).squeeze(-1)
+    weight, bias, time_weight = net.weight.split([h.shape[-1], 1, 1], dim=-1)
+    rows = torch.einsum("irk,...ik->...ir", weight, h) + (bias + time_weight * TIME).squeeze(-1)
     if context is not None:
         context_weight = net.context_weight.view(D, WIDTH + 2, CONTEXT_DIM)
         rows = rows + torch.einsum("irc,...c->...ir", context_weight, context)

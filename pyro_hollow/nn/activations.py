@@ -123,7 +123,7 @@ def _pull_logistic(gradient: Tensor, z: Tensor, value: Tensor) -> Tensor:
 
 
 def _pull_softplus(gradient: Tensor, z: Tensor, value: Tensor) -> Tensor:
-    return gradient * torch.sigmoid(z)
+    return torch.ops.aten.softplus_backward(gradient, z, 1.0, 20.0)
 
 
 def _pull_silu(gradient: Tensor, z: Tensor, value: Tensor) -> Tensor:

@@ -93,14 +93,15 @@ def _widths(name: str, hidden_dims: Sequence[int]) -> list[int]:
     return widths
 
 
-def _uniform(shape: Sequence[int], fan_in: float) -> nn.Parameter:
+def _uniform(shape: Sequence[int], fan_in: float) -> Tensor:
     bound = 1 / math.sqrt(max(fan_in, 1))
-    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+    return torch.empty(*shape).uniform_(-bound, bound)
 
 
 class _Offset(nn.Module):
     """
-    What the first layer adds for a bias, time and context.
+    What the first layer adds for a bias, time and context: the columns of one matrix, as every parameter costs an
+    optimizer's call per step.
 
     :param int units: the number of units of the layer.
     :param int context_dim: the size of the context; 0 for none.
@@ -108,31 +109,34 @@ class _Offset(nn.Module):
 
     def __init__(self, units: int, context_dim: int) -> None:
         super().__init__()
-        self.bias = _uniform((units, 1), 1)
-        self.time_weight = _uniform((units, 1), 1)
-        self.context_weight = _uniform((units, context_dim), context_dim) if context_dim else None
+        parts = [_uniform((units, 2), 1)]
+        if context_dim:
+            parts.append(_uniform((units, context_dim), context_dim))
+        self.weight = nn.Parameter(torch.cat(parts, dim=1))
 
     def bind(self, context: Tensor | None, rate: float) -> tuple[Tensor, Tensor]:
         """``rate`` times the offset at time 0, of shape ``(units, 1 or *context_batch)``, and its slope."""
-        offset: Tensor = self.bias
-        if self.context_weight is not None and context is not None:
-            offset = project(context, self.context_weight, self.bias)
-        return offset * rate, self.time_weight * rate
+        weight = self.weight * rate
+        bias, slope = weight[:, :1], weight[:, 1:2]
+        return (bias if context is None else project(context, weight[:, 2:], bias)), slope
 
 
 class _Layers(nn.Module):
-    """Dense layers that act on each of ``groups`` groups with weights of their own: ``(groups, units, batch)``."""
+    """
+    Dense layers that act on each of ``groups`` groups with weights of their own: ``(groups, units, batch)``. The last
+    column of each matrix is the bias.
+    """
 
     def __init__(self, groups: int, widths: Sequence[int]) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
-        self.weights = nn.ParameterList([_uniform((groups, out, inp), inp) for inp, out in pairs])
-        self.biases = nn.ParameterList([_uniform((groups, out, 1), inp) for inp, out in pairs])
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.weights = nn.ParameterList([nn.Parameter(_uniform((groups, out, inp + 1), inp)) for inp, out in pairs])
 
     def bind(self, s: Activation, masks: Sequence[Tensor] = ()) -> list[tuple[Tensor, Tensor]]:
         """Pairs (bias, weight), masked, with the affine part of the activation worked in; see Activation."""
         bound = []
-        for k, (bias, weight) in enumerate(zip(self.biases, self.weights, strict=True)):
+        for k, whole in enumerate(self.weights):
+            weight, bias = whole[..., :-1], whole[..., -1:]
             if masks:
                 weight = weight * masks[k]
             bias = torch.add(bias, weight.sum(-1, keepdim=True), alpha=s.shift) * s.rate if s.shift else bias * s.rate
@@ -172,7 +176,7 @@ class GroupedConditioner(Conditioner):
         widths = _widths("grouped", hidden_dims)
         super().__init__(input_dim, widths[-1], context_dim)
         self._activation = get_activation(activation)
-        self.weight = _uniform((input_dim * widths[0], input_dim), input_dim)
+        self.weight = nn.Parameter(_uniform((input_dim * widths[0], input_dim), input_dim))
         self.offset = _Offset(input_dim * widths[0], context_dim)
         self.layers = _Layers(input_dim, widths)
         mask = 1 - torch.eye(input_dim, dtype=self.weight.dtype)
@@ -237,7 +241,7 @@ class MaskedConditioner(Conditioner):
         super().__init__(input_dim, widths[-1], context_dim)
         self._activation = get_activation(activation)
         units = [*widths[:-1], input_dim * widths[-1] // 2]
-        self.weight = _uniform((2, units[0], input_dim), input_dim)
+        self.weight = nn.Parameter(_uniform((2, units[0], input_dim), input_dim))
         self.offset = _Offset(2 * units[0], context_dim)
         self.layers = _Layers(2, units)
         # A unit of degree m sees the first m coordinates of its stream; degree 0 carries time and context alone.
@@ -294,7 +298,7 @@ class LeaveOneOutConditioner(Conditioner):
         width = widths[0]
         self.weight = nn.Parameter(torch.randn(input_dim, width, 1))
         self.offset = _Offset(input_dim * width, context_dim)
-        self.pool_weight = _uniform((input_dim, width, width), width * (input_dim - 1))
+        self.pool_weight = nn.Parameter(_uniform((input_dim, width, width), width * (input_dim - 1)))
         self.pool_offset = _Offset(input_dim * width, context_dim)
         self.layers = _Layers(input_dim, widths)
 

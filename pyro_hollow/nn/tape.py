@@ -60,26 +60,30 @@ class _GroupedTape:
             saved += [z, h]
         return h, tuple(saved)
 
-    def pull(self, t: float, saved: tuple[Tensor, ...], h_bar: Tensor) -> Tensor:
+    def pull(self, t: float, saved: tuple[Tensor, ...], h_bar: Tensor, accumulate: bool) -> Tensor:
         """The gradient of x from that of the hidden units."""
         x, *pairs = saved
-        weight_bar, offset_bar, *layers_bar = self.gradients()
         for k in range(len(self._layers), 0, -1):
             z_bar = self._s.pull(h_bar, *pairs[2 * k : 2 * k + 2])
-            bias_bar, matrix_bar = layers_bar[2 * k - 2 : 2 * k]
-            matrix_bar.baddbmm_(z_bar, pairs[2 * k - 1].mT)
-            bias_bar += z_bar.sum(-1, keepdim=True)
+            if accumulate:
+                bias_bar, matrix_bar = self.gradients()[2 * k : 2 * k + 2]
+                matrix_bar.baddbmm_(z_bar, pairs[2 * k - 1].mT)
+                bias_bar += z_bar.sum(-1, keepdim=True)
             h_bar = torch.bmm(self._layers[k - 1][1].mT, z_bar)
         z_bar = self._s.pull(h_bar, *pairs[:2]).flatten(0, 1)
-        weight_bar[:, :-1].addmm_(z_bar, x.mT)
-        _add_offset(t, z_bar, offset_bar, weight_bar[:, -1:])
+        if accumulate:
+            weight_bar, offset_bar = self.gradients()[:2]
+            weight_bar[:, :-1].addmm_(z_bar, x.mT)
+            _add_offset(t, z_bar, offset_bar, weight_bar[:, -1:])
         return self._weight.mT @ z_bar
 
     def gradients(self) -> Gradients:
         """Of the bound tensors, with the offset still flattened."""
         if self._gradients is None:
             layers = chain.from_iterable(self._layers)
-            self._gradients = _zeros_like(((self._offset.new_empty(len(self._weight), self._d + 1)), self._offset, *layers))
+            self._gradients = _zeros_like(
+                ((self._offset.new_empty(len(self._weight), self._d + 1)), self._offset, *layers)
+            )
         return self._gradients
 
 
@@ -107,7 +111,7 @@ class _ClosedFormTape:
         return f, diagonal.sum(0), (x, h, a, *s)
 
     def pull(
-        self, t: float, saved: tuple[Tensor, ...], f_bar: Tensor, divergence_bar: Tensor
+        self, t: float, saved: tuple[Tensor, ...], f_bar: Tensor, divergence_bar: Tensor, accumulate: bool
     ) -> tuple[Tensor, Tensor]:
         """The gradients of x (the direct path alone) and of the hidden units."""
         x, h, a, value, slope, curvature = saved
@@ -117,12 +121,13 @@ class _ClosedFormTape:
         z_bar.addcmul_(self._output_weight.mT * f_row, slope)
         torch.addcmul(divergence_bar, f_bar, x, out=p_bar[:, self._width])
         p_bar[:, self._width + 1] = f_bar
-        weight_bar, slope_bar, offset_bar, input_bar, output_bar, slopes_bar = self._sums()
-        weight_bar.baddbmm_(p_bar, h.mT)
-        _add_offset(t, p_bar, offset_bar, slope_bar)
-        input_bar.baddbmm_(z_bar, x.unsqueeze(-1))
-        output_bar.baddbmm_(f_row, value.mT)
-        slopes_bar += slope @ divergence_bar
+        if accumulate:
+            weight_bar, slope_bar, offset_bar, input_bar, output_bar, slopes_bar = self._sums()
+            weight_bar.baddbmm_(p_bar, h.mT)
+            _add_offset(t, p_bar, offset_bar, slope_bar)
+            input_bar.baddbmm_(z_bar, x.unsqueeze(-1))
+            output_bar.baddbmm_(f_row, value.mT)
+            slopes_bar += slope @ divergence_bar
         x_bar = torch.baddbmm((f_bar * a).unsqueeze(1), self._input_weight.mT, z_bar).squeeze(1)
         return x_bar, torch.bmm(self._weight.mT, p_bar)
 
@@ -177,7 +182,14 @@ class HollowTape:
         f, divergence, own = self._transformer.record(t, x, h)
         return f, divergence, (*own, *saved)
 
-    def pull(self, t: float, saved: tuple[Tensor, ...], f_bar: Tensor, divergence_bar: Tensor) -> Tensor:
+    def pull(
+        self,
+        t: float,
+        saved: tuple[Tensor, ...],
+        f_bar: Tensor,
+        divergence_bar: Tensor,
+        accumulate: bool = True,
+    ) -> Tensor:
         """
         Pulls gradients back through one evaluation.
 
@@ -185,10 +197,11 @@ class HollowTape:
         :param saved: what :meth:`record` returned at the end.
         :param Tensor f_bar: the gradient of f with shape ``(d, batch)``.
         :param Tensor divergence_bar: the gradient of the divergence with shape ``(batch,)``.
+        :param bool accumulate: whether :meth:`gradients` gets its share.
         :returns: the gradient of the state.
         """
-        x_bar, h_bar = self._transformer.pull(t, saved[:6], f_bar, divergence_bar)
-        return x_bar + self._conditioner.pull(t, saved[6:], h_bar)
+        x_bar, h_bar = self._transformer.pull(t, saved[:6], f_bar, divergence_bar, accumulate)
+        return x_bar + self._conditioner.pull(t, saved[6:], h_bar, accumulate)
 
     def gradients(self) -> tuple[Tensor, ...]:
         """The gradients, from all evaluations, of those bound tensors that require them."""

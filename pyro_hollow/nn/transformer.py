@@ -100,9 +100,8 @@ class ClosedFormTransformer(Transformer):
         self.activation = activation
         self._activation = get_activation(activation)
         rows_ = width + 2
-        self.weight = nn.Parameter(torch.empty(input_dim, rows_, hidden_dim))
-        self.bias = nn.Parameter(torch.empty(input_dim, rows_, 1))
-        self.time_weight = nn.Parameter(torch.empty(input_dim, rows_, 1))
+        # Of the hidden units, a bias and time: columns of one matrix, as every parameter costs an optimizer's call.
+        self.weight = nn.Parameter(torch.empty(input_dim, rows_, hidden_dim + 2))
         self.context_weight = nn.Parameter(torch.empty(input_dim * rows_, context_dim)) if context_dim else None
         self.input_weight = nn.Parameter(torch.empty(input_dim, width, 1))
         self.output_weight = nn.Parameter(torch.empty(input_dim, 1, width))
@@ -113,17 +112,25 @@ class ClosedFormTransformer(Transformer):
         small = 1e-2
         with torch.no_grad():
             bound = 1 / math.sqrt(self.hidden_dim)
-            self.weight.uniform_(-bound, bound)
-            self.bias.uniform_(-1.0, 1.0)
-            self.time_weight.uniform_(-1.0, 1.0)
+            self.weight[..., :-2].uniform_(-bound, bound)
+            self.weight[..., -2:].uniform_(-1.0, 1.0)
             self.input_weight.normal_()
             self.output_weight.normal_(std=small / math.sqrt(self.width))
             if self.context_weight is not None:
                 bound = 1 / math.sqrt(self.context_dim)
                 self.context_weight.uniform_(-bound, bound)
                 self.context_weight.view(self.input_dim, -1, self.context_dim)[:, self.width :] *= small
-            for parameter in (self.weight, self.bias, self.time_weight):
-                parameter[:, self.width :] *= small
+            self.weight[:, self.width :] *= small
+
+    def reset_to_zero(self) -> None:
+        """Makes the field zero, and a flow the identity; the parameters still have gradients to learn from."""
+        with torch.no_grad():
+            self.output_weight.zero_()
+            self.weight[:, self.width :] = 0.0
+
+    def is_zero(self) -> bool:
+        """Whether the field is still as :meth:`reset_to_zero` left it."""
+        return not bool(self.output_weight.any())
 
     def bind(self, context: Tensor | None = None) -> BoundTransformer:
         """See :meth:`Transformer.bind`."""
@@ -137,21 +144,19 @@ class BoundClosedForm(BoundTransformer):
     """
     A closed-form transformer; see :class:`ClosedFormTransformer`.
 
-    Inside, tensors are coordinate-major, ``(d, features, batch)``, so that each layer is one batched matrix product. The
-    activation's affine part is worked into the weights; see Activation.
+    Inside, tensors are coordinate-major, ``(d, features, batch)``, so that each layer is one batched matrix product.
+    The activation's affine part is worked into the weights; see Activation.
     """
 
     def __init__(self, net: ClosedFormTransformer, context: Tensor | None) -> None:
         s = net._activation
-        offset: Tensor = net.bias
-        if context is not None and net.context_weight is not None:
-            offset = project(context, net.context_weight, net.bias)
-        rates = net.bias.new_tensor([s.rate] * net.width + [1.0, 1.0])
+        rates = net.weight.new_tensor([s.rate] * net.width + [1.0, 1.0]).view(-1, 1)
         self.width = net.width
         self.activation = s
-        self.weight = net.weight * rates.view(-1, 1)
-        self.time_weight = net.time_weight * rates.view(-1, 1)
-        self.offset = offset * rates.view(-1, *(1,) * (offset.dim() - 2))
+        self.weight, offset, self.time_weight = (net.weight * rates).split([net.hidden_dim, 1, 1], dim=-1)
+        if context is not None and net.context_weight is not None:
+            offset = project(context, net.context_weight * rates.repeat(net.input_dim, 1), offset)
+        self.offset = offset
         self.input_weight = net.input_weight * s.rate
         self.output_weight = net.output_weight * s.scale
         self.slopes = self.output_weight * self.input_weight.mT

@@ -31,8 +31,8 @@ class Tableau:
     :ivar a: for each stage the weights of the slopes of the stages before it.
     :ivar b: the weights of the slopes in the step.
     :ivar c: for each stage its time within the step.
-    :ivar error: the weights of the slopes, and of the slope at the end of the step, in the estimate of the step's error;
-        empty for a method of fixed step.
+    :ivar error: the weights of the slopes, and of the slope at the end of the step, in the estimate of the step's
+        error; empty for a method of fixed step.
     :ivar order: the order of the method.
     :raises ValueError: for coefficients of an inconsistent method.
     """
@@ -47,7 +47,10 @@ class Tableau:
         rows = [len(row) for row in self.a]
         if rows != list(range(len(self.b))) or len(self.c) != len(self.b):
             raise ValueError(f"stage i of a tableau must have i weights, but got {rows} for {len(self.b)} stages")
-        if any(abs(sum(row) - c) > 1e-12 for row, c in zip(self.a, self.c, strict=True)) or abs(sum(self.b) - 1) > 1e-12:
+        if (
+            any(abs(sum(row) - c) > 1e-12 for row, c in zip(self.a, self.c, strict=True))
+            or abs(sum(self.b) - 1) > 1e-12
+        ):
             raise ValueError("each row of a must sum to its c, and b to 1")
         if self.error and (len(self.error) != len(self.b) + 1 or abs(sum(self.error)) > 1e-12):
             raise ValueError("error must have one weight more than b, and they must sum to 0")
@@ -103,8 +106,10 @@ class Tape(Protocol):
     def record(self, t: float, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """f, q, of shape ``(batch,)``, and what :meth:`pull` will need."""
 
-    def pull(self, t: float, saved: tuple[Tensor, ...], f_bar: Tensor, q_bar: Tensor) -> Tensor:
-        """The gradient of the state from those of f and q; remembers what :meth:`gradients` will need."""
+    def pull(
+        self, t: float, saved: tuple[Tensor, ...], f_bar: Tensor, q_bar: Tensor, accumulate: bool = True
+    ) -> Tensor:
+        """The gradient of the state from those of f and q; if accumulate, :meth:`gradients` gets its share."""
 
     def gradients(self) -> tuple[Tensor, ...]:
         """The gradients of ``field.tensors`` from all calls of :meth:`pull`."""
@@ -142,6 +147,15 @@ class Path:
 
 Record = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 March = Callable[[Tape, Tensor], Path]
+
+
+def is_transformed() -> bool:
+    """Whether operations are traced, or differentiated by other means than a backward pass."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def fixed(tableau: Tableau, times: Sequence[float]) -> March:
@@ -195,7 +209,9 @@ def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, m
             else:
                 path.rejected += 1
             # A state that is not finite has no ratio either.
-            h = (end - t) * (min(10.0, max(0.2, 0.9 * max(ratio, 1e-10) ** (-1 / tableau.order))) if ratio < math.inf else 0.2)
+            h = (end - t) * (
+                min(10.0, max(0.2, 0.9 * max(ratio, 1e-10) ** (-1 / tableau.order))) if ratio < math.inf else 0.2
+            )
         return path
 
     return march
@@ -232,7 +248,8 @@ def solve(
     tableau: Tableau,
     march: March,
     x: Tensor,
-) -> tuple[Tensor, Tensor, Path] | None:
+    score: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], Path] | None:
     """
     Solves, with gradients.
 
@@ -241,8 +258,9 @@ def solve(
     :param tableau: the method.
     :param march: its steps, :func:`fixed` or :func:`adaptive`.
     :param Tensor x: the initial state with shape ``(*, d)``.
-    :returns: the state at the end and the integral of q, with shapes ``(*, d)`` and ``(*,)``, and how it went; None if
-        the field has no tape.
+    :param Tensor score: where q is the divergence of f, the gradient of a log-density at x, to be carried along.
+    :returns: the state at the end, the integral of q and, without gradients, the score if one was given, with shapes
+        ``(*, d)``, ``(*,)`` and ``(*, d)``; and how it went. None if the field has no tape.
     :raises ArithmeticError: if the end is out of reach.
     """
     tape = field.tape(x.shape[:-1])
@@ -250,10 +268,28 @@ def solve(
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *field.tensors)):
         paths: list[Path] = []
-        end, integral = _Solve.apply(field, generic, tape, tableau, march, paths, x, *field.tensors)
-        return end, integral, paths[0]
+        return _Solve.apply(field, generic, tape, tableau, march, paths, score, x, *field.tensors), paths[0]
     path = march(tape, tape.pack(x))
-    return tape.unpack(path.x), path.integral.view(x.shape[:-1]), path
+    return _finish(tape, tableau, path, x, score), path
+
+
+def _finish(tape: Tape, tableau: Tableau, path: Path, x: Tensor, score: Tensor | None) -> tuple[Tensor, ...]:
+    ends = [path.x] if score is None else [path.x, _carry(tape, tableau, path, tape.pack(score))]
+    end, *scores = (tape.unpack(part).clone(memory_format=torch.contiguous_format) for part in ends)
+    return end, path.integral.view(x.shape[:-1]), *scores
+
+
+def _carry(tape: Tape, tableau: Tableau, path: Path, score: Tensor) -> Tensor:
+    r"""The score at the end: it obeys :math:`ds/dt = -(\partial f / \partial x)^T s - \nabla (\nabla \cdot f)`."""
+    records = iter(path.records)
+    one = score.new_ones(score.shape[1])
+    for t, end in zip(path.times[:-1], path.times[1:], strict=True):
+        slopes: list[Tensor] = []
+        for row, c in zip(tableau.a, tableau.c, strict=True):
+            stage = _step(score, end - t, row, slopes)
+            slopes.append(tape.pull(t + c * (end - t), next(records), stage, one, accumulate=False).neg_())
+        score = _step(score, end - t, tableau.b, slopes)
+    return score
 
 
 class _Solve(torch.autograd.Function):
@@ -266,28 +302,38 @@ class _Solve(torch.autograd.Function):
         tableau: Tableau,
         march: March,
         paths: list[Path],
+        score: Tensor | None,
         x: Tensor,
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         path = march(tape, tape.pack(x))
+        result = _finish(tape, tableau, path, x, score)
+        ctx.mark_non_differentiable(*result[2:])
         ctx.field, ctx.generic, ctx.tableau, ctx.times = field, generic, tableau, path.times
         ctx.size = len(path.records[0])
         ctx.save_for_backward(x, *tensors, *chain.from_iterable(path.records))
         path.records = []
         paths.append(path)
-        return tape.unpack(path.x), path.integral.view(x.shape[:-1])
+        return result
 
     @staticmethod
-    def backward(ctx: Any, x_bar: Tensor, integral_bar: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, x_bar: Tensor, integral_bar: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         count = len(ctx.field.tensors)
         tensors, saved = saved[:count], saved[count:]
-        nothing = [None] * 6
-        if torch.is_grad_enabled():  # the gradients are to be differentiated, too
+        nothing = [None] * 7
+        create_graph = torch.is_grad_enabled()
+        if (
+            create_graph
+            or is_transformed()
+            or any(map(torch._C._functorch.is_legacy_batchedtensor, (x_bar, integral_bar)))
+        ):
             wanted = [v for v in (x, *tensors) if v.requires_grad]
+            with torch.enable_grad():
+                end = ctx.generic(x)
             gradients = iter(
                 torch.autograd.grad(
-                    ctx.generic(x), wanted, (x_bar, integral_bar), create_graph=True, materialize_grads=True
+                    end, wanted, (x_bar, integral_bar), create_graph=create_graph, materialize_grads=True
                 )
             )
             return *nothing, *(next(gradients) if v.requires_grad else None for v in (x, *tensors))

@@ -177,7 +177,15 @@ class Solver:
         """The state at the end, if the field has a tape and the method takes one, and if all goes well."""
         tableau = runge_kutta.TABLEAUS.get(self.method)
         known = set() if self.adaptive else {"step_size"}
-        if tableau is None or self.adjoint or set(self.options) - known or not hasattr(field, "tape") or _is_transformed():
+        if (
+            tableau is None
+            or self.adjoint
+            or set(self.options) - known
+            or not hasattr(field, "tape")
+            or runge_kutta.is_transformed()
+        ):
+            return None
+        if isinstance(state, Tensor) or torch.is_autocast_enabled(state[0].device.type):
             return None
         if self.adaptive:
             t0, t1 = times.tolist()
@@ -187,20 +195,20 @@ class Solver:
             if (len(grid) - 1) * len(tableau.b) > self.max_nfe:
                 return None
             march = runge_kutta.fixed(tableau, grid)
-        x, integral = state
+        x, integral, *scores = state
 
         def generic(x: Tensor) -> State:
-            return self._odeint(field, (x, torch.zeros_like(integral)), times.to(x.device), None)
+            return self._odeint(field, (x, torch.zeros_like(integral), *scores), times.to(x.device), None)[:2]
 
         try:
-            result = runge_kutta.solve(field, generic, tableau, march, x)
+            result = runge_kutta.solve(field, generic, tableau, march, x, *scores)
         except ArithmeticError:
             return None
-        if result is None or not are_finite(result[:2]):
+        if result is None or not are_finite(result[0]):
             return None
-        path = result[2]
+        (end, change, *scores), path = result
         stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
-        return result[0], result[1] + integral
+        return end, change + integral, *scores
 
     def _odeint(self, func: VectorField, state: State, times: Tensor, tensors: tuple[Tensor, ...] | None) -> State:
         """The state at the end; with the adjoint method if tensors are given and it is wanted."""
@@ -257,15 +265,6 @@ class Solver:
                     "method 'scipy_solver' has no gradients of its own: use adjoint=True or torch.no_grad()"
                 )
         return tensors
-
-
-def _is_transformed() -> bool:
-    """Whether operations are traced, or differentiated by other means than a backward pass."""
-    return (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 @contextmanager

@@ -37,14 +37,13 @@ class Regularization(NamedTuple):
 
     :ivar kinetic: the kinetic energy :math:`\int_0^T \|f\|^2 dt` with shape ``(*,)``.
     :ivar diagonal: :math:`\int_0^T \sum_i (\partial f_i / \partial x_i)^2 dt` with shape ``(*,)``, exact.
-    :ivar hollow: an unbiased estimate of :math:`\int_0^T \sum_{i 
-e j} (\partial f_i / \partial x_j)^2 dt` with shape
-        ``(*,)``, by one random probe.
+    :ivar hollow: an unbiased estimate of :math:`\int_0^T \sum_{i, j \ne i} (\partial f_i / \partial x_j)^2 dt` with
+        shape ``(*,)``, by one random probe.
 
     References:
 
-    [1] Chris Finlay, Joern-Henrik Jacobsen, Levon Nurbekyan, Adam Oberman. How to Train Your Neural ODE: the World of
-    Jacobian and Kinetic Regularization. [arXiv:2002.02798]
+    [1] Chris Finlay, Joern-Henrik Jacobsen, Levon Nurbekyan, Adam Oberman.
+    How to Train Your Neural ODE: the World of Jacobian and Kinetic Regularization. [arXiv:2002.02798]
     """
 
     kinetic: Tensor
@@ -329,6 +328,4 @@ def conditional_hollow_cnf(
     :param kwargs: transformer, transformer_dim and activation of the network
     """
     network = ConditionalHollowNN(input_dim, context_dim, hidden_dims, conditioner=conditioner, **kwargs)
-    return ConditionalHollowCNF(
-        network, solver=solver, time=time, cache_size=cache_size, regularize=regularize
-    )
+    return ConditionalHollowCNF(network, solver=solver, time=time, cache_size=cache_size, regularize=regularize)

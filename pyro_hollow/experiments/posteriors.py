@@ -1,0 +1,467 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Variational guides beside each other, Pyro's and AutoHollowCNF: eight posteriors, at equal steps and at equal seconds.
+
+Every guide is fitted by the same optimiser with the same settings, none is tuned for a posterior; then its samples are
+compared with the posterior's. A Hollow-CNF is judged by a solve at tight tolerances, whatever it was trained with.
+At equal seconds each guide gets as many steps as take it as long as the first guide that is named takes for its own.
+
+    python -m pyro_hollow.experiments.posteriors --data-dir FOLDER
+
+The folder has a folder "posteriordb"; see :mod:`pyro_hollow.experiments.posterior_models`. Without it, use
+``--posterior funnel banana ring bent eight_schools``. Finished runs are kept and reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions.transforms as T
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoGuide,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+)
+from tqdm.auto import tqdm
+
+from pyro_hollow.experiments.data import DataError
+from pyro_hollow.experiments.posterior_models import POSTERIORS, Posterior, load
+from pyro_hollow.infer import AutoHollowCNF, diagnose
+from pyro_hollow.ode import Solver
+
+TIGHT = Solver(rtol=1e-6, atol=1e-6)
+LEARNING_RATE, PARTICLES = 1e-2, 32
+
+
+def _flow(init: Callable[..., Any], repeats: int = 1, **kwargs: Any) -> Callable[[Any], AutoGuide]:
+    return lambda model: AutoNormalizingFlow(model, lambda d: T.iterated(repeats, partial(init, d, **kwargs)))
+
+
+def _hollow(**kwargs: Any) -> Callable[[Any], AutoGuide]:
+    return lambda model: AutoHollowCNF(model, **kwargs)
+
+
+#: The guides that are compared, and variants of AutoHollowCNF that tell what its defaults bring.
+GUIDES: dict[str, Callable[[Any], AutoGuide]] = {
+    "hollow": _hollow(),
+    "normal": AutoNormal,
+    "multivariate": AutoMultivariateNormal,
+    "iaf": lambda model: AutoIAFNormal(model, num_transforms=2),
+    "spline": _flow(T.spline_autoregressive, 2),
+    "neural": _flow(T.neural_autoregressive),
+    "block": _flow(T.block_autoregressive),
+    "planar": _flow(T.planar, 16),
+}
+VARIANTS: dict[str, Callable[[Any], AutoGuide]] = {
+    "penalty": _hollow(penalty=1e-3),
+    "no-warm-up": _hollow(warm_up=0),
+    "diagonal": _hollow(affine="diagonal"),
+    "rtol-1e-1": _hollow(solver=Solver(rtol=1e-1, atol=1e-1)),
+    "rtol-1e-2": _hollow(solver=Solver(rtol=1e-2, atol=1e-2)),
+    "rtol-1e-4": _hollow(solver=Solver(rtol=1e-4, atol=1e-4)),
+    "bosh3": _hollow(solver=Solver("bosh3", rtol=1e-3, atol=1e-3)),
+    "rk4-2": _hollow(solver=Solver("rk4", options={"step_size": 0.5})),
+    "rk4-4": _hollow(solver=Solver("rk4", options={"step_size": 0.25})),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides the result of a run, but for the machine."""
+
+    posterior: str
+    guide: str
+    steps: int
+    seed: int
+
+
+@dataclass
+class Result:
+    """
+    What a run has found.
+
+    :ivar config: its settings.
+    :ivar failure: the error that ended it, or "".
+    :ivar elbo: the evidence lower bound.
+    :ivar khat: of the importance weights; see :func:`~pyro_hollow.infer.diagnose`.
+    :ivar ess: the effective sample size over the number of samples.
+    :ivar mean_error: the largest error of a mean, in standard deviations of the reference; nan without a reference.
+    :ivar scale_error: the largest relative error of a standard deviation.
+    :ivar milliseconds: per step.
+    :ivar evaluations: per solve of a Hollow-CNF, mean over the last tenth of the steps.
+    :ivar tight_evaluations: per solve when it is judged.
+    :ivar solver_error: ELBO with the guide's own solver minus that of the tight one.
+    :ivar history: steps, losses and evaluations, means over a fiftieth of the steps each.
+    """
+
+    config: Config
+    failure: str = ""
+    elbo: float = math.nan
+    khat: float = math.nan
+    ess: float = math.nan
+    mean_error: float = math.nan
+    scale_error: float = math.nan
+    milliseconds: float = math.nan
+    evaluations: float = math.nan
+    tight_evaluations: float = math.nan
+    solver_error: float = math.nan
+    history: list[list[float]] = field(default_factory=list)
+
+
+def fit(posterior: Posterior, guide: AutoGuide, config: Config, result: Result) -> None:
+    """
+    Fits a guide by Adam with clipped gradients and a learning rate that falls along half a cosine.
+
+    :param posterior: the posterior.
+    :param guide: the guide.
+    :param config: the number of steps and the seed.
+    :param result: gets the history and the time.
+    """
+    pyro.clear_param_store()
+    pyro.set_rng_seed(config.seed)
+    optimizer = pyro.optim.ClippedAdam({"lr": LEARNING_RATE, "clip_norm": 10.0})
+    svi = SVI(posterior.model, guide, optimizer, Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True))
+    label = f"{config.posterior}, {config.guide}, seed {config.seed}"
+    every = max(1, config.steps // 50)
+    losses: list[float] = []
+    evaluations: list[float] = []
+    begin = time.perf_counter()
+    for step in tqdm(range(1, config.steps + 1), desc=label, leave=False, mininterval=1.0):
+        for own in optimizer.optim_objs.values():
+            own.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / config.steps)) / 2
+        losses.append(svi.step())
+        evaluations.append(_evaluations(guide))
+        if step % every == 0:
+            result.history.append([step, float(np.mean(losses[-every:])), float(np.mean(evaluations[-every:]))])
+    result.milliseconds = (time.perf_counter() - begin) / config.steps * 1e3
+    result.evaluations = float(np.mean(evaluations[-max(1, config.steps // 10) :]))
+
+
+def _evaluations(guide: AutoGuide) -> float:
+    """Of the latest solve; nan for other guides, 0 while the flow sits out."""
+    if not isinstance(guide, AutoHollowCNF):
+        return math.nan
+    return float(sum(flow.last_solve.nfe for flow in guide._modules["flows"] if flow.last_solve is not None))
+
+
+def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Result) -> dict[str, np.ndarray]:
+    """
+    Compares a fitted guide with its posterior.
+
+    :param posterior: the posterior.
+    :param guide: the guide.
+    :param int num_samples: the number of samples.
+    :param result: gets the findings.
+    :returns: draws of the posterior's quantities from the guide.
+    """
+
+    def check() -> Any:
+        pyro.set_rng_seed(1_000_000 + result.config.seed)
+        return diagnose(posterior.model, guide, num_samples=num_samples, batch_size=2500)
+
+    check_own = None
+    if isinstance(guide, AutoHollowCNF):
+        check_own, own_solver = check(), guide.solver
+        guide.solver = TIGHT
+    found = check()
+    if isinstance(guide, AutoHollowCNF) and check_own is not None:
+        result.solver_error = check_own.elbo - found.elbo
+        result.tight_evaluations = _evaluations(guide)
+        guide.solver = own_solver
+    result.elbo, result.khat, result.ess = found.elbo, found.khat, found.ess / num_samples
+    samples = {name: torch.as_tensor(values.values[0]) for name, values in found.posterior["guide"].items()}
+    draws = {name: values.double() for name, values in posterior.quantities(samples).items()}
+    if posterior.reference is not None:
+        pairs = [(draws[name], values.double()) for name, values in posterior.reference.items()]
+        result.mean_error = max(float((q.mean() - p.mean()).abs() / p.std()) for q, p in pairs)
+        result.scale_error = max(float((q.std() / p.std() - 1).abs()) for q, p in pairs)
+    return {name: values[:5000].numpy() for name, values in draws.items()}
+
+
+def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, force: bool) -> Result:
+    """
+    One run, or what is left of an earlier one.
+
+    :param posterior: the posterior.
+    :param config: the settings.
+    :param int num_samples: the number of samples to judge the guide by.
+    :param folder: where results are kept.
+    :param bool force: run again.
+    """
+    stem = folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}"
+    if stem.with_suffix(".json").exists() and not force:
+        saved = json.loads(stem.with_suffix(".json").read_text())
+        return Result(**{**saved, "config": Config(**saved["config"])})
+    result = Result(config)
+    guide = {**GUIDES, **VARIANTS}[config.guide](posterior.model)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fit(posterior, guide, config, result)
+        np.savez_compressed(stem.with_suffix(".npz"), **judge(posterior, guide, num_samples, result))  # type: ignore[arg-type]
+    except (ValueError, RuntimeError, FloatingPointError) as error:  # a guide that diverges is a finding
+        result.failure = f"{type(error).__name__}: {error}"[:500]
+    stem.with_suffix(".json").write_text(json.dumps(asdict(result)))
+    return result
+
+
+def equal_time(reference: Result, result: Result) -> Config:
+    """
+    As many steps as take a guide as long as the reference took.
+
+    :param reference: the run that sets the time.
+    :param result: a run of the guide, which tells the time of a step.
+    """
+    seconds = reference.milliseconds * reference.config.steps
+    steps = (
+        max(1, round(seconds / result.milliseconds)) if math.isfinite(result.milliseconds) else reference.config.steps
+    )
+    return Config(result.config.posterior, result.config.guide, steps, result.config.seed)
+
+
+Runs = dict[str, list[Result]]
+
+
+def format_table(posterior: Posterior, at_steps: Runs, at_seconds: Runs) -> str:
+    """
+    A table in Markdown: one row for each guide, means over seeds.
+
+    :param posterior: the posterior.
+    :param at_steps: runs by guide at equal steps.
+    :param at_seconds: runs by guide at equal seconds; may be empty.
+    """
+    lines = [
+        f"{posterior.title} ({posterior.shape})\n",
+        "| guide | ELBO | ELBO at equal seconds | k-hat | error of a mean | of a sd | ms per step | evaluations |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for guide, results in at_steps.items():
+        cells = [
+            _mean([r.elbo for r in results], 3),
+            _mean([r.elbo for r in at_seconds.get(guide, [])], 3),
+            f"{max((r.khat for r in results), default=math.nan):.2f}",
+            _mean([r.mean_error for r in results], 2, spread=False),
+            _mean([r.scale_error for r in results], 2, spread=False),
+            _mean([r.milliseconds for r in results], 1, spread=False),
+            _mean([r.evaluations for r in results], 0, spread=False),
+        ]
+        failures = sum(bool(r.failure) for r in [*results, *at_seconds.get(guide, [])])
+        name = guide + (f" ({failures} runs failed)" if failures else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float], digits: int, spread: bool = True) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "-"
+    deviation = f" ± {np.std(finite, ddof=1):.{digits}f}" if spread and len(finite) > 1 else ""
+    return f"{np.mean(finite):.{digits}f}{deviation}"
+
+
+def leaders(tables: dict[str, Runs], guide: str, margin: float) -> list[str]:
+    """
+    The posteriors on which a guide's mean ELBO is the highest, or within a margin of it.
+
+    :param tables: by posterior, runs by guide.
+    :param str guide: the guide.
+    :param float margin: the margin in nats.
+    """
+    found = []
+    for name, runs in tables.items():
+        means = {g: float(np.nanmean([r.elbo for r in results])) for g, results in runs.items() if _judged(results)}
+        if guide in means and means[guide] >= max(means.values()) - margin:
+            found.append(name)
+    return found
+
+
+def _judged(results: Sequence[Result]) -> bool:
+    return any(math.isfinite(r.elbo) for r in results)
+
+
+def draw(posterior: Posterior, runs: Runs, folder: Path) -> None:
+    """
+    Draws the posterior's telling pair and its marginals, guide by guide, against the reference: PNG.
+
+    :param posterior: the posterior.
+    :param runs: runs by guide.
+    :param folder: where results are kept.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    draws = {}
+    for guide, results in runs.items():
+        config = results[0].config
+        path = folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}.npz"
+        if path.exists():
+            draws[guide] = dict(np.load(path))
+    horizontal, vertical = posterior.pair
+    reference = None if posterior.reference is None else {k: v[:5000].numpy() for k, v in posterior.reference.items()}
+    names = list(dict.fromkeys([*posterior.pair, *next(iter(draws.values()))]))[:4]
+    columns = min(4, len(draws))
+    rows = math.ceil(len(draws) / columns)
+    figure, axes = plt.subplots(
+        rows + 1, columns, figsize=(3 * columns, 3 * (rows + 1)), squeeze=False, layout="constrained"
+    )
+    scale = {name: "log" if name in posterior.log_scale else "linear" for name in names}
+    limits = _limits(reference if reference is not None else draws[next(iter(draws))], scale)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for axis, (guide, sample) in zip(axes.flat, draws.items(), strict=False):
+        axis.set_visible(True)
+        if reference is not None:
+            axis.plot(reference[horizontal], reference[vertical], ".", color="0.7", markersize=2, rasterized=True)
+        axis.plot(
+            sample[horizontal][:2000],
+            sample[vertical][:2000],
+            ".",
+            color="C0",
+            markersize=2,
+            alpha=0.4,
+            rasterized=True,
+        )
+        axis.set(
+            title=guide, xlabel=horizontal, ylabel=vertical, xscale=scale[horizontal], yscale=scale[vertical],
+            xlim=limits[horizontal], ylim=limits[vertical],
+        )  # fmt: skip
+    for axis, name in zip(axes[-1], names, strict=False):
+        axis.set_visible(True)
+        _draw_marginal(axis, name, scale[name], limits[name], reference, draws)
+    axes[-1, 0].legend(fontsize=7)
+    figure.suptitle(f"{posterior.title}: draws of the guides on those of the posterior (grey)")
+    figure.savefig(folder / f"{posterior.name}.png", dpi=110)
+    plt.close(figure)
+
+
+def _limits(sample: dict[str, np.ndarray], scale: dict[str, str]) -> dict[str, tuple[float, float]]:
+    limits = {}
+    for name, kind in scale.items():
+        values = np.log(sample[name]) if kind == "log" else sample[name]
+        low, high = np.quantile(values, [0.002, 0.998])
+        low, high = low - 0.15 * (high - low), high + 0.15 * (high - low)
+        limits[name] = (math.exp(low), math.exp(high)) if kind == "log" else (low, high)
+    return limits
+
+
+def _draw_marginal(
+    axis: Any,
+    name: str,
+    scale: str,
+    limits: tuple[float, float],
+    reference: dict[str, np.ndarray] | None,
+    draws: dict[str, dict[str, np.ndarray]],
+) -> None:
+    edges = np.geomspace(*limits, 40) if scale == "log" else np.linspace(*limits, 40)
+    if reference is not None:
+        axis.hist(reference[name], edges, density=True, color="0.8", label="reference")
+    styles = [("hollow", "C0", "-"), ("normal", "C1", ":"), ("multivariate", "C2", "--"), ("iaf", "C3", "-.")]
+    for guide, color, line in styles:
+        if guide in draws:
+            axis.hist(
+                draws[guide][name], edges, density=True, histtype="step", color=color, linestyle=line, label=guide
+            )
+    axis.set(xlabel=name, xscale=scale, xlim=limits, ylabel="density")
+
+
+def draw_evaluations(runs: dict[str, dict[str, Result]], path: Path) -> None:
+    """
+    Draws evaluations per solve over training: PNG.
+
+    :param runs: by posterior, runs of variants of AutoHollowCNF by name.
+    :param path: the file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(3 * len(runs), 3), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (name, results) in zip(axes[0], runs.items(), strict=True):
+        for (guide, result), line in zip(results.items(), ("-", "--", ":", "-."), strict=False):
+            steps, _, evaluations = zip(*result.history, strict=True)
+            axis.plot(steps, evaluations, line, label=guide)
+        axis.set(title=name, xlabel="step")
+    axes[0, 0].set_ylabel("evaluations per solve")
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "python -m pyro_hollow.experiments.posteriors", description=(__doc__ or "").split("\n\n")[0]
+    )
+    names = [*GUIDES, *VARIANTS]
+    parser.add_argument("--posterior", nargs="+", choices=POSTERIORS, default=list(POSTERIORS), help="default: all")
+    parser.add_argument("--guide", nargs="+", choices=names, default=list(GUIDES), help=f"default: {', '.join(GUIDES)}")
+    parser.add_argument("--steps", type=int, default=3000, help="steps (default: 3000)")
+    parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    parser.add_argument("--num-samples", type=int, default=10_000, help="to judge a guide by (default: 10000)")
+    parser.add_argument("--no-equal-seconds", action="store_true", help="equal steps only")
+    parser.add_argument("--data-dir", type=Path, help="the folder with the folder posteriordb")
+    parser.add_argument("--output", type=Path, default=Path("results/posteriors"), help="where results are kept")
+    parser.add_argument("--force", action="store_true", help="repeat finished runs")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the experiment; see ``--help``."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        posteriors = [load(name, args.data_dir) for name in args.posterior]
+    except DataError as error:
+        parser.error(str(error))
+    fit(load("banana"), AutoNormal(load("banana").model), Config("banana", "normal", 5, 0), Result(None))  # wakes Pyro up
+    steps: dict[str, Runs] = {}
+    seconds: dict[str, Runs] = {}
+    for posterior in posteriors:
+        one = partial(run, posterior, num_samples=args.num_samples, folder=args.output, force=args.force)
+        configs = {g: [Config(posterior.name, g, args.steps, seed) for seed in args.seed] for g in args.guide}
+        steps[posterior.name] = {g: [one(config) for config in own] for g, own in configs.items()}
+        pairs = {
+            g: zip(steps[posterior.name][args.guide[0]], own, strict=True) for g, own in steps[posterior.name].items()
+        }
+        if not args.no_equal_seconds:
+            seconds[posterior.name] = {g: [one(equal_time(*pair)) for pair in own] for g, own in pairs.items()}
+        table = format_table(posterior, steps[posterior.name], seconds.get(posterior.name, {}))
+        print(table, end="\n\n", flush=True)
+        (args.output / f"{posterior.name}.md").write_text(table + "\n")
+        draw(posterior, steps[posterior.name], args.output)
+    for label, tables in (("steps", steps), ("seconds", seconds)):
+        if tables:
+            first = leaders(tables, args.guide[0], 0.0)
+            close = [name for name in leaders(tables, args.guide[0], 0.05) if name not in first]
+            print(f"At equal {label} {args.guide[0]} has the best ELBO on: {', '.join(first) or 'none'}; "
+                  f"is within 0.05 nat of it on: {', '.join(close) or 'none'}")  # fmt: skip
+    variants = [g for g in args.guide if g in (args.guide[0], *VARIANTS)]
+    if len(variants) > 1:
+        shown = {name: {g: runs[g][0] for g in variants if runs[g][0].history} for name, runs in steps.items()}
+        draw_evaluations(shown, args.output / "evaluations.png")
+
+
+if __name__ == "__main__":
+    main()

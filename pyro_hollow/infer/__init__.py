@@ -1,0 +1,9 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Inference: an automatic guide for any Pyro model, and a check of what a guide has learned."""
+
+from .autoguide import AutoHollowCNF
+from .diagnostics import GuideDiagnostics, diagnose
+
+__all__ = ["AutoHollowCNF", "GuideDiagnostics", "diagnose"]

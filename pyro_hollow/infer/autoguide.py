@@ -1,0 +1,325 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""An automatic guide whose posterior is a Hollow-CNF."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.transforms import LowerCholeskyAffine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from torch import Tensor, nn
+from torch.distributions import ComposeTransform, Transform, biject_to
+
+from pyro_hollow.ode import Solver
+from pyro_hollow.transforms import hollow_cnf
+
+__all__ = ["AutoHollowCNF"]
+
+# How much faster the affine map learns than the networks; measured, see the class.
+_AFFINE_RATE = 3.0
+# Up to here every coordinate gets a conditioner of its own; beyond, its d^2 weights become too many.
+_MAX_GROUPED = 256
+_QUANTILE_SAMPLES = 4096
+
+
+class _Affine(LowerCholeskyAffine):
+    """Remembers its latest pair, so that scoring a sample inverts nothing; but no pair that has lost its gradients."""
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+        super().__init__(loc, scale_tril, cache_size=1)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not y.requires_grad:
+            return self._inverse(y)
+        return super()._inv_call(y)
+
+
+class _PathPosterior(dist.TransformedDistribution):
+    """
+    Flows and an affine map, which scores its own latest sample with the path gradient: the log-density depends on
+    parameters through the sample alone. What is left out has mean zero and all the variance where the guide is exact.
+    """
+
+    _latest: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        if not torch.is_grad_enabled():
+            return super().rsample(sample_shape)
+        *flows, affine = self.transforms
+        x = self.base_dist.rsample(sample_shape)
+        log_density, score = self.base_dist.log_prob(x), -x
+        for flow in flows:
+            x, ladj, score = flow.call_and_score(x, score)
+            log_density = log_density - ladj
+        y = affine(x)
+        log_density = (log_density - affine.log_abs_det_jacobian(x, y)).detach()
+        score = torch.linalg.solve_triangular(affine.scale_tril.detach().mT, score.unsqueeze(-1), upper=True).squeeze(-1)
+        self._latest = y, log_density, score
+        return y
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._latest is None or value is not self._latest[0]:
+            return super().log_prob(value)
+        y, log_density, score = self._latest
+        return log_density + (score * (y - y.detach())).sum(-1)
+
+
+class AutoHollowCNF(AutoContinuous):
+    r"""
+    This implementation of :class:`~pyro.infer.autoguide.AutoContinuous` uses a standard Normal distribution transformed
+    via :class:`~pyro_hollow.transforms.HollowCNF` and a learnable affine map,
+
+        :math:`\mathbf{x} = \boldsymbol{\mu} + L \, \mathrm{flow}(\mathbf{z}), \qquad \mathbf{z} \sim
+        \mathcal{N}(0, I),`
+
+    to construct a guide over the entire latent space. The guide does not depend on the model's ``*args, **kwargs``.
+
+    Usage::
+
+        guide = AutoHollowCNF(model)
+        svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO(num_particles=32, vectorize_particles=True))
+
+    The flow starts at the identity, :math:`\mu` where ``init_loc_fn`` says and L at ``init_scale`` times the identity,
+    so the guide starts as :class:`~pyro.infer.autoguide.AutoNormal` does. In its first ``warm_up`` calls with gradients
+    the affine map learns alone, as in :class:`~pyro.infer.autoguide.AutoMultivariateNormal` and as fast; a flow that
+    learns while location and scale are far off ends in dynamics that are expensive to integrate.
+
+    The flow is integrated with an error control that no field can escape, at the price of more evaluations where it
+    needs them; a fixed step would let the ELBO profit from errors of integration. See
+    ``python -m pyro_hollow.experiments.posteriors`` for the guide beside others and for what its defaults rest on.
+
+    All latents share one joint distribution, so local latents in a subsampled plate are refused. For those write a
+    guide with an amortised flow, whose context comes from the data, and combine the two in an
+    :class:`~pyro.infer.autoguide.AutoGuideList`::
+
+        flow = conditional_hollow_cnf(input_dim=2, context_dim=16)
+
+        def local_guide(data):
+            pyro.module("encoder", encoder)
+            pyro.module("flow", flow)
+            with pyro.plate("data", len(data), subsample_size=100) as batch:
+                base = dist.Normal(torch.zeros(2), 1.0).expand([len(batch), 2]).to_event(1)
+                posterior = dist.TransformedDistribution(base, [flow.condition(encoder(data[batch]))])
+                pyro.sample("z", posterior)
+
+    :class:`~pyro.infer.JitTrace_ELBO` works with none of Pyro's guides that hold a flow, nor with this one.
+
+    :param callable model: a Pyro model with continuous latents.
+    :param hidden_dims: widths of the conditioner's layers; see :class:`~pyro_hollow.nn.HollowNN`.
+    :param int num_transforms: the number of flows, one after the other.
+    :param callable init_loc_fn: a per-site initialization function; see Pyro's section on autoguide initialization.
+    :param float init_scale: the initial standard deviation of each unconstrained latent.
+    :param Solver solver: how to integrate; None for "dopri5" at tolerances of 1e-3.
+    :param int warm_up: the number of training calls in which the affine map learns alone. 0 under torch's
+        DistributedDataParallel, which wants gradients for all parameters in every step.
+    :param str affine: "full" for a Cholesky factor L, "diagonal" for a diagonal one (for thousands of latents).
+    :param float penalty: the weight, in nats, of the kinetic energy and the squared Jacobian norm of the flow
+        (:class:`~pyro_hollow.transforms.Regularization`) that the ELBO then pays for; dynamics become cheaper to
+        integrate, but an evaluation in training costs more.
+    :param bool path_gradient: the gradient of the log-density of a sample through the sample alone (Roeder et al., 2017;
+        for a CNF, Vaitl et al., 2022). It has the right mean for the ELBO and vanishing variance as the guide becomes
+        exact. False for objectives that are not linear in the log-density, such as
+        :class:`~pyro.infer.RenyiELBO`, for which it is biased; with a penalty it is off.
+    :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
+    :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
+        "grouped" up to 256 latents, and to "leave-one-out" beyond.
+    :raises ValueError: for arguments out of range, and when a state for another number of latents is loaded.
+    :raises NotImplementedError: on the first call, for local latents in a subsampled plate.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        hidden_dims: Sequence[int] | None = None,
+        num_transforms: int = 1,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+        solver: Solver | None = None,
+        *,
+        warm_up: int = 300,
+        affine: str = "full",
+        penalty: float = 0.0,
+        path_gradient: bool = True,
+        create_plates: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if num_transforms < 1:
+            raise ValueError(f"num_transforms must be at least 1, but got {num_transforms}")
+        if affine not in ("full", "diagonal"):
+            raise ValueError(f"affine must be 'full' or 'diagonal', but got {affine!r}")
+        for name, value, least in (("init_scale", init_scale, None), ("warm_up", warm_up, 0), ("penalty", penalty, 0)):
+            if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
+                raise ValueError(
+                    f"{name} must be finite and {'positive' if least is None else '0 or more'}, but got {value}"
+                )
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self.create_plates = create_plates
+        self._init_scale = init_scale
+        self._full = affine == "full"
+        self._warm_up = warm_up
+        self._calls = 0
+        self._penalty = penalty
+        self._path_gradient = path_gradient and not penalty
+        self._num_transforms = num_transforms
+        self._settings = {
+            "hidden_dims": hidden_dims,
+            "solver": Solver(rtol=1e-3, atol=1e-3) if solver is None else solver,
+            "regularize": penalty > 0,
+            **kwargs,
+        }
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        for frame in self._prototype_frames.values():
+            if frame.full_size is not None and frame.size < frame.full_size:
+                raise NotImplementedError(
+                    f"plate {frame.name!r} holds latents, but subsamples {frame.size} of {frame.full_size}: one joint "
+                    "distribution cannot cover them. Use all the data, or an amortised guide for these latents "
+                    "(conditional_hollow_cnf) and an AutoHollowCNF for the others, in an AutoGuideList"
+                )
+        if hasattr(self, "flows"):  # loaded before the first call
+            if len(self.affine) != self.latent_dim:
+                raise ValueError(
+                    f"the state was saved for {len(self.affine)} latents, but the model has {self.latent_dim}"
+                )
+            return
+        self._make(self._init_loc())
+
+    def _make(self, loc: Tensor) -> None:
+        """Makes the parameters: the affine map, location in the first column, and the flows."""
+        d = len(loc)
+        affine = torch.zeros(d, 1 + (d if self._full else 1)).to(loc)
+        affine[:, 0] = loc
+        log_scale = affine[:, 1:].diagonal() if self._full else affine[:, 1]
+        log_scale.fill_(math.log(self._init_scale))
+        self.affine = nn.Parameter(affine / _AFFINE_RATE)
+        settings = {"conditioner": "grouped" if d <= _MAX_GROUPED else "leave-one-out", **self._settings}
+        flows = [hollow_cnf(d, **settings).to(loc) for _ in range(self._num_transforms)]
+        for flow in flows:
+            flow.nn.transformer.reset_to_zero()
+        self.flows = nn.ModuleList(flows)
+
+    @property
+    def solver(self) -> Solver:
+        """How the flows are integrated. Set it to train and to evaluate with different tolerances."""
+        return self.flows[0].solver if hasattr(self, "flows") else self._settings["solver"]
+
+    @solver.setter
+    def solver(self, solver: Solver) -> None:
+        self._settings["solver"] = solver
+        for flow in getattr(self, "flows", ()):
+            flow.solver = solver
+
+    def _affine_map(self) -> _Affine:
+        affine = self.affine * _AFFINE_RATE
+        loc, raw = affine[:, 0], affine[:, 1:]
+        if not self._full:
+            return _Affine(loc, raw.squeeze(-1).exp().diag())
+        scale = raw.diagonal().exp()
+        return _Affine(loc, scale.unsqueeze(-1) * raw.tril(-1) + scale.diag())
+
+    def get_base_dist(self) -> dist.Distribution:
+        """A standard Normal distribution."""
+        zero = self.affine.new_zeros(())
+        return dist.Normal(zero, torch.ones_like(zero)).expand([self.latent_dim]).to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        """The flows and the affine map."""
+        return ComposeTransform([*self.flows, self._affine_map()])
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Samples an encoded latent."""
+        flows = [] if self._warms_up() else list(self.flows)
+        family = _PathPosterior if self._path_gradient else dist.TransformedDistribution
+        posterior = family(self.get_base_dist(), [*flows, self._affine_map()])
+        latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+        if self._penalty and flows and torch.is_grad_enabled():
+            penalty = sum(flow.regularization.penalty() for flow in flows)
+            # In a guide, whose log-density the ELBO subtracts.
+            pyro.factor(f"_{self._pyro_name}_penalty", self._penalty * penalty, has_rsample=True)
+        return latent
+
+    def _warms_up(self) -> bool:
+        """Whether the flows sit this call out; only while they are the identity, so that no result depends on it."""
+        if not (self.training and torch.is_grad_enabled() and self._calls < self._warm_up):
+            return False
+        self._calls += 1
+        # Not as an attribute, which would show their parameters to the optimizer.
+        return all(flow.nn.transformer.is_zero() for flow in self._modules["flows"])
+
+    @torch.no_grad()
+    def _marginal_quantiles(self, probabilities: Sequence[float] | Tensor) -> Tensor:
+        """Of the unconstrained latents, with shape ``(len(probabilities), latent_dim)``."""
+        z = _normal_samples(self.latent_dim).to(self.affine)
+        transform = self.get_transform()
+        samples = torch.cat([transform(part) for part in z.split(max(1, 2**18 // self.latent_dim))])
+        levels = torch.as_tensor(probabilities).to(samples)
+        # torch.quantile takes 2^24 elements at most.
+        return torch.cat([torch.quantile(part, levels, dim=0) for part in samples.split(2**11, dim=-1)], dim=-1)
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        Returns the posterior median value of each latent variable: the image, in the support, of the medians of the
+        unconstrained latents, from quasi-random samples that do not vary.
+
+        :return: A dict mapping sample site name to median tensor.
+        """
+        return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        Returns posterior quantiles of each latent variable: the image, in the support, of the quantiles of the
+        unconstrained latents, from quasi-random samples that do not vary. Example::
+
+            print(guide.quantiles([0.05, 0.5, 0.95]))
+
+        :param quantiles: A list of requested quantiles between 0 and 1.
+        :return: A dict mapping sample site name to a tensor of quantile values, stacked in the first dimension.
+        """
+        result: dict[str, list[Tensor]] = {}
+        for latent in self._marginal_quantiles(quantiles):
+            for site, value in self._unpack_latent(latent):
+                result.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
+        return {name: torch.stack(values) for name, values in result.items()}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        affine = state_dict.get(f"{prefix}affine")
+        if affine is not None and not hasattr(self, "flows"):
+            if (affine.shape[1] == len(affine) + 1) != self._full and len(affine) > 1:
+                raise ValueError("the state is that of a guide with another setting of affine")
+            self._make(affine[:, 0].detach().clone())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's takes the model, which may not be picklable, and the master from the guide itself, too.
+        model, master = self._model, self.master
+        try:
+            return dict(super().__getstate__())
+        finally:
+            self._model, self.master = model, master
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoHollowCNF:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        clone._model = self._model
+        return clone
+
+
+def _normal_samples(dim: int) -> Tensor:
+    """Standard normal samples that are the same every time, with shape ``(_QUANTILE_SAMPLES, dim)``."""
+    if dim > torch.quasirandom.SobolEngine.MAXDIM:
+        return torch.randn(_QUANTILE_SAMPLES, dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(_QUANTILE_SAMPLES, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
