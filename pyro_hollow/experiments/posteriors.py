@@ -21,8 +21,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ class Result:
     :ivar evaluations: per solve of a Hollow-CNF, mean over the last tenth of the steps.
     :ivar tight_evaluations: per solve when it is judged.
     :ivar solver_error: ELBO with the guide's own solver minus that of the tight one.
+    :ivar num_samples: the samples it was judged by.
     :ivar history: steps, losses and evaluations, means over a fiftieth of the steps each.
     """
 
@@ -121,6 +123,7 @@ class Result:
     evaluations: float = math.nan
     tight_evaluations: float = math.nan
     solver_error: float = math.nan
+    num_samples: int = 0
     history: list[list[float]] = field(default_factory=list)
 
 
@@ -175,15 +178,16 @@ def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Resu
         pyro.set_rng_seed(1_000_000 + result.config.seed)
         return diagnose(posterior.model, guide, num_samples=num_samples, batch_size=2500)
 
-    check_own = None
-    if isinstance(guide, AutoHollowCNF):
-        check_own, own_solver = check(), guide.solver
-        guide.solver = TIGHT
     found = check()
-    if isinstance(guide, AutoHollowCNF) and check_own is not None:
-        result.solver_error = check_own.elbo - found.elbo
+    if isinstance(guide, AutoHollowCNF):
+        own_elbo, own_solver = found.elbo, guide.solver
+        guide.solver = TIGHT
+        try:
+            found = check()
+        finally:
+            guide.solver = own_solver
+        result.solver_error = own_elbo - found.elbo
         result.tight_evaluations = _evaluations(guide)
-        guide.solver = own_solver
     result.elbo, result.khat, result.ess = found.elbo, found.khat, found.ess / num_samples
     samples = {name: torch.as_tensor(values.values[0]) for name, values in found.posterior["guide"].items()}
     draws = {name: values.double() for name, values in posterior.quantities(samples).items()}
@@ -207,15 +211,17 @@ def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, fo
     stem = folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}"
     if stem.with_suffix(".json").exists() and not force:
         saved = json.loads(stem.with_suffix(".json").read_text())
-        return Result(**{**saved, "config": Config(**saved["config"])})
-    result = Result(config)
+        if saved.get("num_samples") == num_samples:
+            return Result(**{**saved, "config": Config(**saved["config"])})
+    result = Result(config, num_samples=num_samples)
     guide = {**GUIDES, **VARIANTS}[config.guide](posterior.model)
     stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".npz").unlink(missing_ok=True)
     try:
         fit(posterior, guide, config, result)
         np.savez_compressed(stem.with_suffix(".npz"), **judge(posterior, guide, num_samples, result))  # type: ignore[arg-type]
     except (ValueError, RuntimeError, FloatingPointError) as error:  # a guide that diverges is a finding
-        result.failure = f"{type(error).__name__}: {error}"[:500]
+        result.failure = f"{type(error).__name__}: {error}".splitlines()[0]
     stem.with_suffix(".json").write_text(json.dumps(asdict(result)))
     return result
 
@@ -227,11 +233,8 @@ def equal_time(reference: Result, result: Result) -> Config:
     :param reference: the run that sets the time.
     :param result: a run of the guide, which tells the time of a step.
     """
-    seconds = reference.milliseconds * reference.config.steps
-    steps = (
-        max(1, round(seconds / result.milliseconds)) if math.isfinite(result.milliseconds) else reference.config.steps
-    )
-    return Config(result.config.posterior, result.config.guide, steps, result.config.seed)
+    steps = reference.milliseconds * reference.config.steps / result.milliseconds
+    return replace(result.config, steps=max(1, round(steps))) if math.isfinite(steps) else result.config
 
 
 Runs = dict[str, list[Result]]
@@ -254,16 +257,21 @@ def format_table(posterior: Posterior, at_steps: Runs, at_seconds: Runs) -> str:
         cells = [
             _mean([r.elbo for r in results], 3),
             _mean([r.elbo for r in at_seconds.get(guide, [])], 3),
-            f"{max((r.khat for r in results), default=math.nan):.2f}",
+            _worst([r.khat for r in results]),
             _mean([r.mean_error for r in results], 2, spread=False),
             _mean([r.scale_error for r in results], 2, spread=False),
             _mean([r.milliseconds for r in results], 1, spread=False),
             _mean([r.evaluations for r in results], 0, spread=False),
         ]
-        failures = sum(bool(r.failure) for r in [*results, *at_seconds.get(guide, [])])
-        name = guide + (f" ({failures} runs failed)" if failures else "")
+        failures = {r.config for r in [*results, *at_seconds.get(guide, [])] if r.failure}
+        name = guide + (f" ({len(failures)} failed)" if failures else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _worst(values: Sequence[float]) -> str:
+    known = [value for value in values if not math.isnan(value)]
+    return f"{max(known):.2f}" if known else "-"
 
 
 def _mean(values: Sequence[float], digits: int, spread: bool = True) -> str:
@@ -313,6 +321,8 @@ def draw(posterior: Posterior, runs: Runs, folder: Path) -> None:
         path = folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}.npz"
         if path.exists():
             draws[guide] = dict(np.load(path))
+    if not draws:
+        return
     horizontal, vertical = posterior.pair
     reference = None if posterior.reference is None else {k: v[:5000].numpy() for k, v in posterior.reference.items()}
     names = list(dict.fromkeys([*posterior.pair, *next(iter(draws.values()))]))[:4]
@@ -345,7 +355,8 @@ def draw(posterior: Posterior, runs: Runs, folder: Path) -> None:
     for axis, name in zip(axes[-1], names, strict=False):
         axis.set_visible(True)
         _draw_marginal(axis, name, scale[name], limits[name], reference, draws)
-    axes[-1, 0].legend(fontsize=7)
+    if axes[-1, 0].get_legend_handles_labels()[0]:
+        axes[-1, 0].legend(fontsize=7)
     figure.suptitle(f"{posterior.title}: draws of the guides on those of the posterior (grey)")
     figure.savefig(folder / f"{posterior.name}.png", dpi=110)
     plt.close(figure)
@@ -397,14 +408,22 @@ def draw_evaluations(runs: dict[str, dict[str, Result]], path: Path) -> None:
         1, len(runs), figsize=(3 * len(runs), 3), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, (name, results) in zip(axes[0], runs.items(), strict=True):
-        for (guide, result), line in zip(results.items(), ("-", "--", ":", "-."), strict=False):
+        for (guide, result), line in zip(results.items(), cycle(("-", "--", ":", "-.")), strict=False):
             steps, _, evaluations = zip(*result.history, strict=True)
             axis.plot(steps, evaluations, line, label=guide)
         axis.set(title=name, xlabel="step")
     axes[0, 0].set_ylabel("evaluations per solve")
-    axes[0, 0].legend()
+    if axes[0, 0].get_legend_handles_labels()[0]:
+        axes[0, 0].legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
+    return value
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -415,7 +434,7 @@ def make_parser() -> argparse.ArgumentParser:
     names = [*GUIDES, *VARIANTS]
     parser.add_argument("--posterior", nargs="+", choices=POSTERIORS, default=list(POSTERIORS), help="default: all")
     parser.add_argument("--guide", nargs="+", choices=names, default=list(GUIDES), help=f"default: {', '.join(GUIDES)}")
-    parser.add_argument("--steps", type=int, default=3000, help="steps (default: 3000)")
+    parser.add_argument("--steps", type=_positive, default=2000, help="steps (default: 2000)")
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--num-samples", type=int, default=10_000, help="to judge a guide by (default: 10000)")
     parser.add_argument("--no-equal-seconds", action="store_true", help="equal steps only")
@@ -424,6 +443,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="repeat finished runs")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     return parser
+
+
+def _wake_up() -> None:
+    """The first steps in a process take longer."""
+    posterior, config = load("banana"), Config("banana", "normal", 5, 0)
+    fit(posterior, AutoNormal(posterior.model), config, Result(config))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -435,11 +460,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         posteriors = [load(name, args.data_dir) for name in args.posterior]
     except DataError as error:
         parser.error(str(error))
-    fit(load("banana"), AutoNormal(load("banana").model), Config("banana", "normal", 5, 0), Result(None))  # wakes Pyro up
+    _wake_up()
     steps: dict[str, Runs] = {}
     seconds: dict[str, Runs] = {}
     for posterior in posteriors:
-        one = partial(run, posterior, num_samples=args.num_samples, folder=args.output, force=args.force)
+        # Each run once, though at equal seconds the first guide has the same again.
+        one = cache(partial(run, posterior, num_samples=args.num_samples, folder=args.output, force=args.force))
         configs = {g: [Config(posterior.name, g, args.steps, seed) for seed in args.seed] for g in args.guide}
         steps[posterior.name] = {g: [one(config) for config in own] for g, own in configs.items()}
         pairs = {

@@ -13,7 +13,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions.transforms import LowerCholeskyAffine
+from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
@@ -31,16 +31,47 @@ _MAX_GROUPED = 256
 _QUANTILE_SAMPLES = 4096
 
 
-class _Affine(LowerCholeskyAffine):
-    """Remembers its latest pair, so that scoring a sample inverts nothing; but no pair that has lost its gradients."""
+class _Affine(Transform):
+    r"""
+    :math:`y = \mu + \mathrm{diag}(\sigma) (I + U) x` with a strictly lower triangular U, or without.
 
-    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
-        super().__init__(loc, scale_tril, cache_size=1)
+    Remembers its latest pair, so that scoring a sample inverts nothing; but not a pair that has lost its gradients.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    sign = +1
+
+    def __init__(self, loc: Tensor, log_scale: Tensor, lower: Tensor | None) -> None:
+        super().__init__(cache_size=1)
+        self.loc, self.log_scale, self.lower = loc, log_scale, lower
+
+    def _call(self, x: Tensor) -> Tensor:
+        mixed = x if self.lower is None else x + x @ self.lower.mT
+        return torch.addcmul(self.loc, mixed, self.log_scale.exp())
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        mixed = (y - self.loc) * (-self.log_scale).exp()
+        return mixed if self.lower is None else self._solve(self.lower, mixed, upper=False)
 
     def _inv_call(self, y: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not y.requires_grad:
             return self._inverse(y)
         return super()._inv_call(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.log_scale.sum().expand(x.shape[:-1])
+
+    @torch.no_grad()
+    def score(self, score: Tensor) -> Tensor:
+        """The gradient of the log-density of y from that of x."""
+        mixed = score * (-self.log_scale).exp()
+        return mixed if self.lower is None else self._solve(self.lower.mT, mixed, upper=True)
+
+    @staticmethod
+    def _solve(matrix: Tensor, rows: Tensor, upper: bool) -> Tensor:
+        return torch.linalg.solve_triangular(matrix, rows.unsqueeze(-1), upper=upper, unitriangular=True).squeeze(-1)
 
 
 class _PathPosterior(dist.TransformedDistribution):
@@ -62,8 +93,7 @@ class _PathPosterior(dist.TransformedDistribution):
             log_density = log_density - ladj
         y = affine(x)
         log_density = (log_density - affine.log_abs_det_jacobian(x, y)).detach()
-        score = torch.linalg.solve_triangular(affine.scale_tril.detach().mT, score.unsqueeze(-1), upper=True).squeeze(-1)
-        self._latest = y, log_density, score
+        self._latest = y, log_density, affine.score(score)
         return y
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -125,9 +155,9 @@ class AutoHollowCNF(AutoContinuous):
     :param float penalty: the weight, in nats, of the kinetic energy and the squared Jacobian norm of the flow
         (:class:`~pyro_hollow.transforms.Regularization`) that the ELBO then pays for; dynamics become cheaper to
         integrate, but an evaluation in training costs more.
-    :param bool path_gradient: the gradient of the log-density of a sample through the sample alone (Roeder et al., 2017;
-        for a CNF, Vaitl et al., 2022). It has the right mean for the ELBO and vanishing variance as the guide becomes
-        exact. False for objectives that are not linear in the log-density, such as
+    :param bool path_gradient: the gradient of the log-density of a sample through the sample alone (Roeder et al.,
+        2017; for a CNF, Vaitl et al., 2022). It has the right mean for the ELBO, and a variance that vanishes as the
+        guide becomes exact. False for objectives that are not linear in the log-density, such as
         :class:`~pyro.infer.RenyiELBO`, for which it is biased; with a penalty it is off.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
@@ -211,7 +241,7 @@ class AutoHollowCNF(AutoContinuous):
     @property
     def solver(self) -> Solver:
         """How the flows are integrated. Set it to train and to evaluate with different tolerances."""
-        return self.flows[0].solver if hasattr(self, "flows") else self._settings["solver"]
+        return self._settings["solver"]
 
     @solver.setter
     def solver(self, solver: Solver) -> None:
@@ -222,10 +252,7 @@ class AutoHollowCNF(AutoContinuous):
     def _affine_map(self) -> _Affine:
         affine = self.affine * _AFFINE_RATE
         loc, raw = affine[:, 0], affine[:, 1:]
-        if not self._full:
-            return _Affine(loc, raw.squeeze(-1).exp().diag())
-        scale = raw.diagonal().exp()
-        return _Affine(loc, scale.unsqueeze(-1) * raw.tril(-1) + scale.diag())
+        return _Affine(loc, raw.diagonal(), raw.tril(-1)) if self._full else _Affine(loc, raw[:, 0], None)
 
     def get_base_dist(self) -> dist.Distribution:
         """A standard Normal distribution."""
@@ -238,12 +265,12 @@ class AutoHollowCNF(AutoContinuous):
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Samples an encoded latent."""
-        flows = [] if self._warms_up() else list(self.flows)
+        flows: list[Any] = [] if self._warms_up() else list(self.flows)
         family = _PathPosterior if self._path_gradient else dist.TransformedDistribution
         posterior = family(self.get_base_dist(), [*flows, self._affine_map()])
         latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
         if self._penalty and flows and torch.is_grad_enabled():
-            penalty = sum(flow.regularization.penalty() for flow in flows)
+            penalty = torch.stack([flow.regularization.penalty() for flow in flows]).sum(0)
             # In a guide, whose log-density the ELBO subtracts.
             pyro.factor(f"_{self._pyro_name}_penalty", self._penalty * penalty, has_rsample=True)
         return latent
@@ -303,7 +330,7 @@ class AutoHollowCNF(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's takes the model, which may not be picklable, and the master from the guide itself, too.
-        model, master = self._model, self.master
+        model, master = self.__dict__["_model"], self.__dict__["master"]
         try:
             return dict(super().__getstate__())
         finally:

@@ -244,7 +244,7 @@ def _step(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor
 
 def solve(
     field: Taped,
-    generic: Callable[[Tensor], tuple[Tensor, Tensor]],
+    generic: Callable[[Tensor], tuple[Tensor, ...]],
     tableau: Tableau,
     march: March,
     x: Tensor,
@@ -297,7 +297,7 @@ class _Solve(torch.autograd.Function):
     def forward(
         ctx: Any,
         field: Taped,
-        generic: Callable[[Tensor], tuple[Tensor, Tensor]],
+        generic: Callable[[Tensor], tuple[Tensor, ...]],
         tape: Tape,
         tableau: Tableau,
         march: March,

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torchdiffeq
@@ -197,11 +197,11 @@ class Solver:
             march = runge_kutta.fixed(tableau, grid)
         x, integral, *scores = state
 
-        def generic(x: Tensor) -> State:
-            return self._odeint(field, (x, torch.zeros_like(integral), *scores), times.to(x.device), None)[:2]
+        def generic(x: Tensor) -> tuple[Tensor, ...]:
+            return parts(self._odeint(field, (x, torch.zeros_like(integral), *scores), times.to(x.device), None))[:2]
 
         try:
-            result = runge_kutta.solve(field, generic, tableau, march, x, *scores)
+            result = runge_kutta.solve(cast(runge_kutta.Taped, field), generic, tableau, march, x, *scores)
         except ArithmeticError:
             return None
         if result is None or not are_finite(result[0]):

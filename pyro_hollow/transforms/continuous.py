@@ -56,7 +56,7 @@ class _Augmented:
         #: Makes a tape for solvers of fixed step, where the field has one.
         self.tape = getattr(field, "tape", lambda batch_shape: None)
 
-    def __call__(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return self._field.with_divergence(t, state[0])
 
 
@@ -64,12 +64,12 @@ class _Scored(_Augmented):
     """The dynamics of (state, log-determinant, score), the last without gradients."""
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, _, score = state
+        x, score = state[0], state[2].detach()
         with torch.enable_grad():
             alias = x.detach().requires_grad_()
             f, divergence = self._field.with_divergence(t, alias)
-            (slope,) = torch.autograd.grad((f * score.detach()).sum() + divergence.sum(), alias)
-        return *self._field.with_divergence(t, x), -slope
+            (slope,) = torch.autograd.grad((f * score).sum() + divergence.sum(), alias)
+        return *super().__call__(t, state), -slope
 
 
 class Dynamics(Protocol):
@@ -219,14 +219,14 @@ class ConditionedCNF(Transform):
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""
-        Value, log-determinant and score by one solve. The score :math:`s = \nabla \log p` of the density that the flow
-        carries obeys :math:`ds/dt = -(\partial f / \partial x)^T s - \nabla (\nabla \cdot f)` (Vaitl et al., 2022); it is
-        what a gradient estimator of low variance needs.
+        Value, log-determinant and score by one solve. The score :math:`s = \nabla \log p` of the density that the
+        flow carries obeys :math:`ds/dt = -(\partial f / \partial x)^T s - \nabla (\nabla \cdot f)` (Vaitl et al.,
+        2022); it is what a gradient estimator of low variance needs.
 
         :param Tensor x: the input with shape ``(*, d)``.
         :param Tensor score: the gradient of the log-density of x, with shape ``(*, d)``.
-        :returns: y, the log-determinant with shape ``(*,)``, and the gradient of the log-density of y at y, which has no
-            gradient itself.
+        :returns: y, the log-determinant with shape ``(*,)``, and the gradient of the log-density of y at y, which has
+            no gradient itself.
 
         References:
 

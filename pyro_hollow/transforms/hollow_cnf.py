@@ -130,7 +130,8 @@ class ConditionedHollowCNF(ConditionedCNF):
         if cached is None:
             raise RuntimeError(
                 "regularization is that of the latest call, but there is none: call the flow first, and ask before "
-                "parameters change, before the backward pass, and with cache_size=1"
+                "parameters change, before the backward pass, and with cache_size=1. log_prob of data forgets its "
+                "pair: use flow.inv.call_and_ladj(data); inputs made in inference mode are not remembered"
             )
         return Regularization(*cached.extras[0].unbind(-1))
 
@@ -253,6 +254,8 @@ class ConditionalHollowCNF(ConditionalCNF):
     ) -> None:
         super().__init__(nn, solver=solver, time=time, cache_size=cache_size)
         self.regularize = regularize
+
+    nn: ConditionalHollowNN
 
     def _condition(self, context: Tensor, settings: dict[str, Any]) -> ConditionedHollowCNF:
         return ConditionedHollowCNF(self.nn, context, **settings, regularize=self.regularize)
