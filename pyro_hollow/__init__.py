@@ -6,6 +6,7 @@ Hollow-CNFs for Pyro: continuous normalizing flows with an exact log-determinant
 
 Which part for which need?
 
+- a guide for a model: :class:`AutoHollowCNF`, and :func:`diagnose` to check any guide;
 - a posterior flow or a density: :func:`hollow_cnf`, or :func:`conditional_hollow_cnf` where an encoder or other context
   decides; :class:`HollowCNF` and :class:`ConditionalHollowCNF` around a network of your own making;
 - a vector field with exact divergence and dimension-wise derivatives of any order: :class:`HollowNN`;
@@ -13,6 +14,7 @@ Which part for which need?
 - the free-form flow to compare with: :func:`free_form_cnf`.
 """
 
+from pyro_hollow.infer import AutoHollowCNF, diagnose
 from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver, SolverError
 from pyro_hollow.transforms import (
@@ -29,6 +31,7 @@ from pyro_hollow.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoHollowCNF",
     "ConditionalFreeFormCNF",
     "ConditionalHollowCNF",
     "ConditionalHollowNN",
@@ -39,6 +42,7 @@ __all__ = [
     "SolverError",
     "conditional_free_form_cnf",
     "conditional_hollow_cnf",
+    "diagnose",
     "free_form_cnf",
     "hollow_cnf",
 ]

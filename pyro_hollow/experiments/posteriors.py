@@ -73,6 +73,7 @@ VARIANTS: dict[str, Callable[[Any], AutoGuide]] = {
     "penalty": _hollow(penalty=1e-3),
     "no-warm-up": _hollow(warm_up=0),
     "diagonal": _hollow(affine="diagonal"),
+    "path-gradient": _hollow(path_gradient=True),
     "rtol-1e-1": _hollow(solver=Solver(rtol=1e-1, atol=1e-1)),
     "rtol-1e-2": _hollow(solver=Solver(rtol=1e-2, atol=1e-2)),
     "rtol-1e-4": _hollow(solver=Solver(rtol=1e-4, atol=1e-4)),
