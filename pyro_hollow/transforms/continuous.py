@@ -53,7 +53,7 @@ class _Augmented:
     def __init__(self, field: Field) -> None:
         self.tensors = field.tensors
         self._field = field
-        #: Makes a tape for solvers of fixed step, where the field has one.
+        #: Makes a tape for the solver, where the field has one.
         self.tape = getattr(field, "tape", lambda batch_shape: None)
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
