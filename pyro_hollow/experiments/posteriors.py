@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.posterior_models import POSTERIORS, Posterior, load
 from pyro_hollow.infer import AutoHollowCNF, diagnose
-from pyro_hollow.ode import Solver
+from pyro_hollow.ode import Solver, SolverError
 
 TIGHT = Solver(rtol=1e-6, atol=1e-6)
 LEARNING_RATE, PARTICLES = 1e-2, 32
@@ -221,7 +221,7 @@ def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, fo
     try:
         fit(posterior, guide, config, result)
         np.savez_compressed(stem.with_suffix(".npz"), **judge(posterior, guide, num_samples, result))  # type: ignore[arg-type]
-    except (ValueError, RuntimeError, FloatingPointError) as error:  # a guide that diverges is a finding
+    except (ValueError, SolverError) as error:  # a guide that diverges is a finding; Pyro says ValueError of NaN
         result.failure = f"{type(error).__name__}: {error}".splitlines()[0]
     stem.with_suffix(".json").write_text(json.dumps(asdict(result)))
     return result
@@ -293,14 +293,15 @@ def leaders(tables: dict[str, Runs], guide: str, margin: float) -> list[str]:
     """
     found = []
     for name, runs in tables.items():
-        means = {g: float(np.nanmean([r.elbo for r in results])) for g, results in runs.items() if _judged(results)}
-        if guide in means and means[guide] >= max(means.values()) - margin:
+        means = {g: float(np.mean([_or_worst(r.elbo) for r in results])) for g, results in runs.items()}
+        if means.get(guide, -math.inf) > -math.inf and means[guide] >= max(means.values()) - margin:
             found.append(name)
     return found
 
 
-def _judged(results: Sequence[Result]) -> bool:
-    return any(math.isfinite(r.elbo) for r in results)
+def _or_worst(elbo: float) -> float:
+    """A run that failed counts as the worst."""
+    return elbo if math.isfinite(elbo) else -math.inf
 
 
 def draw(posterior: Posterior, runs: Runs, folder: Path) -> None:

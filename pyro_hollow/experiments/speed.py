@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_hollow.infer import AutoHollowCNF
-from pyro_hollow.nn import ConditionalHollowNN, HollowNN
+from pyro_hollow.nn import ClosedFormTransformer, ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver
 from pyro_hollow.ops import dimwise_derivatives
 from pyro_hollow.transforms import FreeFormCNF, FreeFormNN, HollowCNF
@@ -233,6 +233,7 @@ def tape_over_autograd(sizes: Sequence[tuple[int, int]], repeats: int) -> list[s
     ]
     for d, batch in sizes:
         net = HollowNN(d)
+        assert isinstance(net.transformer, ClosedFormTransformer)
         nn.init.normal_(net.transformer.output_weight, std=0.1)  # a field that has learned something
         x = torch.randn(batch, d)
         for name, solver in SOLVERS.items():

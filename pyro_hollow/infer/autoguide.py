@@ -25,11 +25,13 @@ from pyro_hollow.transforms import hollow_cnf
 
 __all__ = ["AutoHollowCNF"]
 
-# How much faster the affine map learns than the networks; measured, see the class.
+# How much faster the affine map learns than the networks.
 _AFFINE_RATE = 3.0
 # Up to here every coordinate gets a conditioner of its own; beyond, its d^2 weights become too many.
 _MAX_GROUPED = 256
 _QUANTILE_SAMPLES = 4096
+# Up to here the particles of a step are spread evenly; more have little to gain.
+_MAX_SPREAD = 4096
 
 
 class _Affine(Transform):
@@ -76,8 +78,8 @@ class _Affine(Transform):
 
 
 @lru_cache(maxsize=8)
-def _sobol_points(size: int, dim: int, dtype: torch.dtype) -> Tensor:
-    return torch.quasirandom.SobolEngine(dim).draw(size, dtype=dtype)
+def _sobol_points(size: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.quasirandom.SobolEngine(dim).draw(size, dtype=dtype).to(device)
 
 
 class _Posterior(dist.TransformedDistribution):
@@ -92,10 +94,11 @@ class _Posterior(dist.TransformedDistribution):
     def _base_sample(self, sample_shape: torch.Size) -> Tensor:
         batch_shape, (dim,) = sample_shape + self.batch_shape, self.event_shape
         size, like = batch_shape.numel(), self.base_dist.mean
-        if not torch.is_grad_enabled() or size < 2 or dim > torch.quasirandom.SobolEngine.MAXDIM:
+        few = 2 <= size <= _MAX_SPREAD and dim <= torch.quasirandom.SobolEngine.MAXDIM
+        if not (few and torch.is_grad_enabled()):
             return self.base_dist.rsample(sample_shape)
-        points = _sobol_points(size, dim, like.dtype).to(like.device)
-        uniform = (points + torch.rand(dim).to(like)).frac()
+        shift = torch.rand(dim, dtype=like.dtype, device=like.device)
+        uniform = (_sobol_points(size, dim, like.dtype, like.device) + shift).frac()
         eps = torch.finfo(like.dtype).eps
         return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).view(*batch_shape, dim)
 
@@ -153,8 +156,8 @@ class AutoHollowCNF(AutoContinuous):
     the affine map learns alone, as in :class:`~pyro.infer.autoguide.AutoMultivariateNormal` and as fast; a flow that
     learns while location and scale are far off ends in dynamics that are expensive to integrate.
 
-    The flow is integrated with an error control that no field can escape, at the price of more evaluations where it
-    needs them; a fixed step would let the ELBO profit from errors of integration. Vectorised particles are spread
+    The flow is integrated with error control, at the price of more evaluations where it needs them; with a fixed step
+    the ELBO would profit from errors of integration. Vectorised particles are spread
     evenly over the base distribution (randomised quasi-Monte Carlo; Buchholz et al., 2018), for gradients of less
     noise. See
     ``python -m pyro_hollow.experiments.posteriors`` for the guide beside others and for what its defaults rest on.
@@ -185,9 +188,11 @@ class AutoHollowCNF(AutoContinuous):
     :param int num_transforms: the number of flows, one after the other.
     :param callable init_loc_fn: a per-site initialization function; see Pyro's section on autoguide initialization.
     :param float init_scale: the initial standard deviation of each unconstrained latent.
-    :param Solver solver: how to integrate; None for "dopri5" at tolerances of 1e-3.
-    :param int warm_up: the number of training calls in which the affine map learns alone. 0 under torch's
-        DistributedDataParallel, which wants gradients for all parameters in every step.
+    :param Solver solver: how to integrate; None for "dopri5" at tolerances of 1e-3. To evaluate a fitted guide more
+        precisely, set :attr:`solver`.
+    :param int warm_up: the number of training calls in which the affine map learns alone; a step makes one call, and
+        as many as there are particles if they are not vectorised. The optimizer meets the flow's parameters after it.
+        0 under torch's DistributedDataParallel, which wants gradients for all parameters in every step.
     :param str affine: "full" for a Cholesky factor L, "diagonal" for a diagonal one (for thousands of latents).
     :param float penalty: the weight, in nats, of the kinetic energy and the squared Jacobian norm of the flow
         (:class:`~pyro_hollow.transforms.Regularization`) that the ELBO then pays for; dynamics become cheaper to
@@ -224,11 +229,16 @@ class AutoHollowCNF(AutoContinuous):
             raise ValueError(f"num_transforms must be at least 1, but got {num_transforms}")
         if affine not in ("full", "diagonal"):
             raise ValueError(f"affine must be 'full' or 'diagonal', but got {affine!r}")
-        for name, value, least in (("init_scale", init_scale, None), ("warm_up", warm_up, 0), ("penalty", penalty, 0)):
-            if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
-                raise ValueError(
-                    f"{name} must be finite and {'positive' if least is None else '0 or more'}, but got {value}"
-                )
+        if not (init_scale > 0 and math.isfinite(init_scale)):
+            raise ValueError(f"init_scale must be positive and finite, but got {init_scale}")
+        if warm_up < 0:
+            raise ValueError(f"warm_up must be 0 or more, but got {warm_up}")
+        if not (penalty >= 0 and math.isfinite(penalty)):
+            raise ValueError(f"penalty must be 0 or more and finite, but got {penalty}")
+        if penalty and kwargs.get("cache_size") == 0:
+            raise ValueError("penalty needs cache_size=1")
+        if kwargs.get("transformer") is not None:
+            raise ValueError("transformer must be the built-in one, with which the flow can start at the identity")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self.create_plates = create_plates
         self._init_scale = init_scale
@@ -285,7 +295,8 @@ class AutoHollowCNF(AutoContinuous):
         log_scale.fill_(math.log(self._init_scale))
         self.affine = nn.Parameter(affine / _AFFINE_RATE)
         settings = {"conditioner": "grouped" if d <= _MAX_GROUPED else "leave-one-out", **self._settings}
-        flows = [hollow_cnf(d, **settings).to(loc) for _ in range(self._num_transforms)]
+        # A copy each: a conditioner of the user's own must not be shared.
+        flows = [hollow_cnf(d, **copy.deepcopy(settings)).to(loc) for _ in range(self._num_transforms)]
         for flow in flows:
             flow.nn.transformer.reset_to_zero()
         self.flows = nn.ModuleList(flows)
@@ -331,9 +342,10 @@ class AutoHollowCNF(AutoContinuous):
         """Whether the flows sit this call out; only while they are the identity, so that no result depends on it."""
         if not (self.training and torch.is_grad_enabled() and self._calls < self._warm_up):
             return False
-        self._calls += 1
         # Not as an attribute, which would show their parameters to the optimizer.
-        return all(flow.nn.transformer.is_zero() for flow in self._modules["flows"])
+        fresh = all(flow.nn.transformer.is_zero() for flow in self._modules["flows"])
+        self._calls = self._calls + 1 if fresh else self._warm_up
+        return fresh
 
     @torch.no_grad()
     def _marginal_quantiles(self, probabilities: Sequence[float] | Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Explicit Runge-Kutta methods whose backward pass is written by hand.
 
 torchdiffeq solves, and automatic differentiation records, one small operation at a time. A field that can record an
 evaluation and pull gradients back through it (a :class:`Taped` field) needs neither: the solve becomes one node of the
-graph, with the same values and the same gradients.
+graph, with exact gradients of the steps that it took.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class Path:
 
 
 Record = tuple[Tensor, Tensor, tuple[Tensor, ...]]
-March = Callable[[Tape, Tensor], Path]
+#: Solves from a packed state; keeps what it takes to go back if told to.
+March = Callable[[Tape, Tensor, bool], Path]
 
 
 def is_transformed() -> bool:
@@ -161,13 +162,13 @@ def is_transformed() -> bool:
 def fixed(tableau: Tableau, times: Sequence[float]) -> March:
     """Steps along a grid of times."""
 
-    def march(tape: Tape, x: Tensor) -> Path:
+    def march(tape: Tape, x: Tensor, keep: bool) -> Path:
         path = Path(x, x.new_zeros(x.shape[1:]), list(times))
         for t, end in zip(times[:-1], times[1:], strict=True):
             slopes, integrands, saved = zip(*_stages(tape, tableau, t, end - t, path.x, []), strict=True)
             path.x = _step(path.x, end - t, tableau.b, slopes)
             path.integral = _step(path.integral, end - t, tableau.b, integrands)
-            path.records += saved
+            path.records += saved if keep else ()
             path.nfe += len(saved)
         return path
 
@@ -182,12 +183,13 @@ def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, m
     The march raises an ArithmeticError if the end is out of reach.
     """
 
-    def march(tape: Tape, x: Tensor) -> Path:
+    def march(tape: Tape, x: Tensor, keep: bool) -> Path:
         path = Path(x, x.new_zeros(x.shape[1:]), [t0], nfe=1)
         first, h = tape.record(t0, x), t1 - t0
+        smallest = torch.finfo(x.dtype).eps * max(abs(t0), abs(t1))
         while path.times[-1] != t1:
             t = path.times[-1]
-            if path.nfe + len(tableau.b) > max_nfe or t + h / 16 == t:
+            if path.nfe + len(tableau.b) > max_nfe or abs(h) < smallest:
                 raise ArithmeticError(f"the end is out of reach from t = {t}")
             end = t1 if abs(t1 - t) <= abs(h) * (1 + 1e-6) else t + h
             slopes, integrands, saved = zip(*_stages(tape, tableau, t, end - t, path.x, [first]), strict=True)
@@ -205,7 +207,7 @@ def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, m
             if ratio <= 1:
                 path.x, path.integral, first = x, integral, last
                 path.times.append(end)
-                path.records += saved
+                path.records += saved if keep else ()
             else:
                 path.rejected += 1
             # A state that is not finite has no ratio either.
@@ -269,7 +271,7 @@ def solve(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *field.tensors)):
         paths: list[Path] = []
         return _Solve.apply(field, generic, tape, tableau, march, paths, score, x, *field.tensors), paths[0]
-    path = march(tape, tape.pack(x))
+    path = march(tape, tape.pack(x), score is not None)
     return _finish(tape, tableau, path, x, score), path
 
 
@@ -306,7 +308,7 @@ class _Solve(torch.autograd.Function):
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        path = march(tape, tape.pack(x))
+        path = march(tape, tape.pack(x), True)
         result = _finish(tape, tableau, path, x, score)
         ctx.mark_non_differentiable(*result[2:])
         ctx.field, ctx.generic, ctx.tableau, ctx.times = field, generic, tableau, path.times
@@ -333,7 +335,12 @@ class _Solve(torch.autograd.Function):
                 end = ctx.generic(x)
             gradients = iter(
                 torch.autograd.grad(
-                    end, wanted, (x_bar, integral_bar), create_graph=create_graph, materialize_grads=True
+                    end,
+                    wanted,
+                    (x_bar, integral_bar),
+                    retain_graph=True,  # of what was bound before the solve
+                    create_graph=create_graph,
+                    materialize_grads=True,
                 )
             )
             return *nothing, *(next(gradients) if v.requires_grad else None for v in (x, *tensors))

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Initial value problems, solved by torchdiffeq, with per-sample error control, statistics and errors that help."""
+"""Initial value problems, by torchdiffeq or by tape, with per-sample error control, statistics and errors that help."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class Solver:
 
     A field that has a tape, as a Hollow-CNF with grouped conditioner has for "dopri5", "bosh3" and the first five
     methods of fixed step, is solved without torchdiffeq and differentiated by hand: to the same tolerances and with the
-    same gradients, in fewer operations. An adaptive solve of that kind first tries the whole interval in one step.
+    gradients as exact, in fewer operations. An adaptive solve of that kind first tries the whole interval in one step.
+    (With other options than "step_size", under autocast and when traced or transformed, torchdiffeq solves.)
 
     :param str method: a name in :data:`METHODS`.
     :param float rtol: relative tolerance of adaptive methods.

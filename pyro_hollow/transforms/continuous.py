@@ -227,6 +227,7 @@ class ConditionedCNF(Transform):
         :param Tensor score: the gradient of the log-density of x, with shape ``(*, d)``.
         :returns: y, the log-determinant with shape ``(*,)``, and the gradient of the log-density of y at y, which has
             no gradient itself.
+        :raises ValueError: for a score of another shape or type than x.
 
         References:
 
@@ -234,6 +235,11 @@ class ConditionedCNF(Transform):
         Path-Gradient Estimators for Continuous Normalizing Flows. [arXiv:2206.09016]
         """
         self._check(x)
+        if score.shape != x.shape or score.dtype != x.dtype:
+            raise ValueError(
+                f"score must have the shape and type of x, {tuple(x.shape)} and {x.dtype}, "
+                f"but got {tuple(score.shape)} and {score.dtype}"
+            )
         dynamics = _Scored(self._bind())
         solution = self.solver.integrate(dynamics, (x, x.new_zeros(x.shape[:-1]), score.detach()), 0.0, self.time)
         self._record.last = solution.stats

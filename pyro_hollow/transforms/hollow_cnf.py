@@ -127,7 +127,7 @@ class ConditionedHollowCNF(ConditionedCNF):
         if not self.regularize:
             raise RuntimeError("regularization needs regularize=True, so that it is integrated along")
         cached = self._lookup()
-        if cached is None:
+        if cached is None or not cached.extras:
             raise RuntimeError(
                 "regularization is that of the latest call, but there is none: call the flow first, and ask before "
                 "parameters change, before the backward pass, and with cache_size=1. log_prob of data forgets its "
