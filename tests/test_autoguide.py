@@ -427,8 +427,8 @@ def assert_same_gradients(guide, score, other, expected, **tolerance):
 def test_score_of_a_sample(solves, d, settings):
     """At no further solve, with the gradients that a guide without a cache has."""
     guide = strong(small(partial(vector, d), solver=FINE, **settings))
-    uncached = load(small(partial(vector, d), solver=FINE, cache_size=0, **settings), guide.state_dict())
-    ready(uncached) if not settings.get("penalty") else uncached._setup_prototype()
+    others = {key: value for key, value in settings.items() if key != "penalty"}  # which needs the cache
+    uncached = ready(load(small(partial(vector, d), solver=FINE, cache_size=0, **others), guide.state_dict()))
     scores = []
     for candidate in (guide, uncached):
         solves.clear()
@@ -1381,6 +1381,8 @@ INVALID = {
     "infinite warm-up": ({"warm_up": math.inf}, "warm_up"),
     "negative penalty": ({"penalty": -0.1}, "penalty"),
     "nan penalty": ({"penalty": math.nan}, "penalty"),
+    "penalty without cache": ({"penalty": 0.1, "cache_size": 0}, "cache_size"),
+    "transformer": ({"transformer": torch.nn.Linear(34, 1)}, "transformer"),
 }
 
 

@@ -231,8 +231,8 @@ class AutoHollowCNF(AutoContinuous):
             raise ValueError(f"affine must be 'full' or 'diagonal', but got {affine!r}")
         if not (init_scale > 0 and math.isfinite(init_scale)):
             raise ValueError(f"init_scale must be positive and finite, but got {init_scale}")
-        if warm_up < 0:
-            raise ValueError(f"warm_up must be 0 or more, but got {warm_up}")
+        if not (warm_up >= 0 and math.isfinite(warm_up)):
+            raise ValueError(f"warm_up must be 0 or more and finite, but got {warm_up}")
         if not (penalty >= 0 and math.isfinite(penalty)):
             raise ValueError(f"penalty must be 0 or more and finite, but got {penalty}")
         if penalty and kwargs.get("cache_size") == 0:
@@ -296,7 +296,8 @@ class AutoHollowCNF(AutoContinuous):
         self.affine = nn.Parameter(affine / _AFFINE_RATE)
         settings = {"conditioner": "grouped" if d <= _MAX_GROUPED else "leave-one-out", **self._settings}
         # A copy each: a conditioner of the user's own must not be shared.
-        flows = [hollow_cnf(d, **copy.deepcopy(settings)).to(loc) for _ in range(self._num_transforms)]
+        own = [copy.deepcopy(settings["conditioner"]) for _ in range(self._num_transforms)]
+        flows = [hollow_cnf(d, **{**settings, "conditioner": conditioner}).to(loc) for conditioner in own]
         for flow in flows:
             flow.nn.transformer.reset_to_zero()
         self.flows = nn.ModuleList(flows)
