@@ -127,7 +127,7 @@ def test_evaluations_are_those_of_the_two_solvers(flow, trained):
     if flow == "hollow":
         # Three steps of rk4 in training; dopri5 in the test.
         assert result.nfe_train == 12
-        assert result.nfe_test > 12 and result.nfe_test % 6 == 2
+        assert result.nfe_test >= 7 and result.nfe_test % 6 == 1
     else:
         assert result.nfe_train == result.nfe_test == 0
 
