@@ -82,3 +82,24 @@ def test_memory_of_a_step():
     rows = speed.memory_table(32, 512, 1, cases=("hollow",))[2:]
     backpropagation, adjoint = numbers(rows[0])
     assert backpropagation > adjoint > 0
+
+
+def test_speed_of_whole_solves():
+    rows = speed.tape_over_autograd([(2, 4), (3, 2)], repeats=1)[2:]
+    assert len(rows) == 2 * len(speed.SOLVERS) and all(row.startswith(("| 2, 4 |", "| 3, 2 |")) for row in rows)
+    assert all(float(row.split("|")[3]) > 0 for row in rows)
+
+
+def test_tape_and_autograd_agree():
+    net, x = HollowNN(3), torch.randn(5, 3)
+    solver = speed.SOLVERS["rk4, 4 steps"]
+    flows = speed.HollowCNF(net, solver=solver), speed.AutogradCNF(net, solver=solver)
+    torch.testing.assert_close(*(flow.call_and_ladj(x) for flow in flows))
+
+
+def test_speed_of_svi_steps():
+    rows = speed.svi_steps((2, 3), repeats=1)
+    assert len(rows) == 2 + len(speed.svi_guides())
+    assert all(row.count(" ms)") == 2 for row in rows[2:])
+    (baseline,) = (row for row in rows if row.startswith("| AutoIAFNormal |"))
+    assert baseline.count("1.00 (") == 2
