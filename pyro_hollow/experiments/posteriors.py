@@ -78,7 +78,6 @@ VARIANTS: dict[str, Callable[[Any], AutoGuide]] = {
     "rtol-1e-2": _hollow(solver=Solver(rtol=1e-2, atol=1e-2)),
     "rtol-1e-4": _hollow(solver=Solver(rtol=1e-4, atol=1e-4)),
     "bosh3": _hollow(solver=Solver("bosh3", rtol=1e-3, atol=1e-3)),
-    "rk4-2": _hollow(solver=Solver("rk4", options={"step_size": 0.5})),
     "rk4-4": _hollow(solver=Solver("rk4", options={"step_size": 0.25})),
 }
 
