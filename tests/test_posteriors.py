@@ -226,7 +226,7 @@ def test_force_repeats_each_run_once(tmp_path, monkeypatch):
 
 
 def test_variants_get_a_figure_of_evaluations(tmp_path):
-    posteriors.main(command(tmp_path, "--no-equal-seconds", guide=("no-warm-up", "rk4-2"), steps=3))
+    posteriors.main(command(tmp_path, "--no-equal-seconds", guide=("no-warm-up", "rk4-4"), steps=3))
     assert (tmp_path / "evaluations.png").read_bytes().startswith(b"\x89PNG")
 
 
