@@ -41,7 +41,9 @@ from pyro.infer.autoguide import (
 )
 from tqdm.auto import tqdm
 
+from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.data import DataError
+from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.posterior_models import POSTERIORS, Posterior, load
 from pyro_hollow.infer import AutoHollowCNF, diagnose
 from pyro_hollow.ode import Solver, SolverError
@@ -198,6 +200,11 @@ def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Resu
     return {name: values[:5000].numpy() for name, values in draws.items()}
 
 
+def _stem(folder: Path, config: Config) -> Path:
+    """Where a run is kept, without the suffix."""
+    return folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}"
+
+
 def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, force: bool) -> Result:
     """
     One run, or what is left of an earlier one.
@@ -208,7 +215,7 @@ def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, fo
     :param folder: where results are kept.
     :param bool force: run again.
     """
-    stem = folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}"
+    stem = _stem(folder, config)
     if stem.with_suffix(".json").exists() and not force:
         saved = json.loads(stem.with_suffix(".json").read_text())
         if saved.get("num_samples") == num_samples:
@@ -311,15 +318,10 @@ def draw(posterior: Posterior, runs: Runs, folder: Path) -> None:
     :param runs: runs by guide.
     :param folder: where results are kept.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     draws = {}
     for guide, results in runs.items():
-        config = results[0].config
-        path = folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}.npz"
+        path = _stem(folder, results[0].config).with_suffix(".npz")
         if path.exists():
             draws[guide] = dict(np.load(path))
     if not draws:
@@ -400,11 +402,7 @@ def draw_evaluations(runs: dict[str, dict[str, Result]], path: Path) -> None:
     :param runs: by posterior, runs of variants of AutoHollowCNF by name.
     :param path: the file.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(
         1, len(runs), figsize=(3 * len(runs), 3), squeeze=False, sharey=True, layout="constrained"
     )
@@ -420,13 +418,6 @@ def draw_evaluations(runs: dict[str, dict[str, Result]], path: Path) -> None:
     plt.close(figure)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
-    return value
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -435,7 +426,7 @@ def make_parser() -> argparse.ArgumentParser:
     names = [*GUIDES, *VARIANTS]
     parser.add_argument("--posterior", nargs="+", choices=POSTERIORS, default=list(POSTERIORS), help="default: all")
     parser.add_argument("--guide", nargs="+", choices=names, default=list(GUIDES), help=f"default: {', '.join(GUIDES)}")
-    parser.add_argument("--steps", type=_positive, default=2000, help="steps (default: 2000)")
+    parser.add_argument("--steps", type=positive, default=2000, help="steps (default: 2000)")
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--num-samples", type=int, default=10_000, help="to judge a guide by (default: 10000)")
     parser.add_argument("--no-equal-seconds", action="store_true", help="equal steps only")

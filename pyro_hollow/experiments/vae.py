@@ -23,7 +23,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyro
@@ -36,7 +35,9 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.data import DATASETS, DataError, Images, load_images
+from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import ConditionalHollowCNF, conditional_hollow_cnf
 
@@ -289,20 +290,10 @@ def _mean(values: list[float]) -> str:
     return f"{mean:.2f} ± {deviation:.2f}"
 
 
-def _pyplot() -> ModuleType:
-    """matplotlib for files, imported where it is needed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 @torch.no_grad()
 def draw_images(vae: VAE, images: Images, folder: Path, device: torch.device) -> None:
     """Writes reconstructions.png (above the original, below its reconstruction) and samples.png to a folder."""
-    plt = _pyplot()
+    plt = pyplot()
     x = binarized_test(images)[:16].to(device)
     pairs = torch.stack([x, vae.decode(vae.posterior(x).rsample())])
     samples = vae.decode(torch.randn(8 * 16, vae.latent_dim, device=device)).view(8, 16, -1)
@@ -321,7 +312,7 @@ def draw_images(vae: VAE, images: Images, folder: Path, device: torch.device) ->
 
 def draw_training(results: Sequence[Result], path: Path) -> None:
     """Draws the training loss of several runs against the epoch and against seconds."""
-    plt = _pyplot()
+    plt = pyplot()
     colours = dict(zip(FLOWS, ("#000000", "#56B4E9", "#D55E00", "#009E73"), strict=True))
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for ax, key, label in zip(axes, ("epoch", "seconds"), ("epoch", "training time (s)"), strict=True):
@@ -357,13 +348,6 @@ def _finished(folder: Path, config: Config) -> Result | None:
     return result if result.config == config else None
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
-    return value
-
-
 def _at_least_0(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -395,17 +379,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", choices=DATASETS, default="digits", help="data set (default: digits, which needs no download)")
     add("--data-dir", type=Path, help="folder with the four IDX files of MNIST; without it they are downloaded")
     add("--seed", nargs="+", type=_at_least_0, default=[0], help="seeds (default: 0)")
-    add("--epochs", type=_positive, help="epochs (default: 100 for digits, 20 for mnist)")
+    add("--epochs", type=positive, help="epochs (default: 100 for digits, 20 for mnist)")
     add(
         "--warmup",
         type=_at_least_0,
         help="epochs over which the KL weight rises to 1 (default: a quarter of the epochs)",
     )
-    add("--latent-dim", type=_positive, help="dimension of the latent variable (default: 16 for digits, 64 for mnist)")
-    add("--hidden-dim", type=_positive, help="width of encoder and decoder (default: 128 for digits, 512 for mnist)")
-    add("--batch-size", type=_positive, help="images a batch (default: 64 for digits, 128 for mnist)")
+    add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, 64 for mnist)")
+    add("--hidden-dim", type=positive, help="width of encoder and decoder (default: 128 for digits, 512 for mnist)")
+    add("--batch-size", type=positive, help="images a batch (default: 64 for digits, 128 for mnist)")
     add("--lr", type=_rate, default=2e-3, help="learning rate of Adamax (default: 2e-3)")
-    add("--num-samples", type=_positive, default=100, metavar="K", help="importance samples an image (default: 100)")
+    add("--num-samples", type=positive, default=100, metavar="K", help="importance samples an image (default: 100)")
     add("--output", type=Path, default=Path("results/vae"), help="folder for models and figures (default: results/vae)")
     add("--force", action="store_true", help="train anew where the output folder has the result of the same settings")
     add("--device", type=_device, default="cpu", help="cpu, cuda, ... (default: cpu)")

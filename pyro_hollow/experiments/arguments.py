@@ -1,0 +1,18 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Types of command-line arguments that the experiments share."""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["positive"]
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
+    return value

@@ -1,0 +1,20 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the experiments share for drawing."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+__all__ = ["pyplot"]
+
+
+def pyplot() -> ModuleType:
+    """matplotlib for files, imported where it is needed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
