@@ -234,16 +234,12 @@ class ConditionedCNF(Transform):
         [1] Lorenz Vaitl, Kim Andrea Nicoli, Shinichi Nakajima, Pan Kessel.
         Path-Gradient Estimators for Continuous Normalizing Flows. [arXiv:2206.09016]
         """
-        self._check(x)
         if score.shape != x.shape or score.dtype != x.dtype:
             raise ValueError(
                 f"score must have the shape and type of x, {tuple(x.shape)} and {x.dtype}, "
                 f"but got {tuple(score.shape)} and {score.dtype}"
             )
-        dynamics = _Scored(self._bind())
-        solution = self.solver.integrate(dynamics, (x, x.new_zeros(x.shape[:-1]), score.detach()), 0.0, self.time)
-        self._record.last = solution.stats
-        y, ladj, score = solution.state
+        y, ladj, score = self._integrate(x, 0.0, self.time, score.detach())
         self._store(x, y, ladj, (), from_inverse=False)
         return y, ladj, score.detach()
 
@@ -282,15 +278,18 @@ class ConditionedCNF(Transform):
             self.clear_cache()
         return cached.ladj
 
-    def _integrate(self, state: Tensor, t0: float, t1: float) -> tuple[Tensor, ...]:
-        """The state at t1, and the integrals of the divergence and of what else there is from t0 to t1."""
+    def _integrate(self, state: Tensor, t0: float, t1: float, score: Tensor | None = None) -> tuple[Tensor, ...]:
+        """
+        The state at t1, and the integrals of the divergence and of what else there is from t0 to t1; or, instead of
+        what else there is, the score at t1 if one is given.
+        """
         self._check(state)
         if torch.is_inference_mode_enabled():
             # There no derivative can be taken, not even the one that a divergence by automatic differentiation needs.
             with torch.inference_mode(False), torch.no_grad():
-                return self._integrate(state.clone(), t0, t1)
+                return self._integrate(state.clone(), t0, t1, None if score is None else score.clone())
         ladj = state.new_zeros(state.shape[:-1])
-        dynamics, extras = self._dynamics(state)
+        dynamics, extras = self._dynamics(state) if score is None else (_Scored(self._bind()), (score,))
         solution = self.solver.integrate(dynamics, (state, ladj, *extras), t0, t1)
         self._record.last = solution.stats
         return solution.state

@@ -243,6 +243,8 @@ class ConditionalHollowCNF(ConditionalCNF):
     [1] Ricky T. Q. Chen, David Duvenaud. Neural Networks with Cheap Differential Operators. [arXiv:1912.03579]
     """
 
+    nn: ConditionalHollowNN
+
     def __init__(
         self,
         nn: ConditionalHollowNN,
@@ -254,8 +256,6 @@ class ConditionalHollowCNF(ConditionalCNF):
     ) -> None:
         super().__init__(nn, solver=solver, time=time, cache_size=cache_size)
         self.regularize = regularize
-
-    nn: ConditionalHollowNN
 
     def _condition(self, context: Tensor, settings: dict[str, Any]) -> ConditionedHollowCNF:
         return ConditionedHollowCNF(self.nn, context, **settings, regularize=self.regularize)
