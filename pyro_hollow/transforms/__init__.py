@@ -9,6 +9,7 @@ from .free_form_cnf import (
     ConditionedFreeFormCNF,
     FreeFormCNF,
     FreeFormNN,
+    LowRankFreeFormNN,
     conditional_free_form_cnf,
     free_form_cnf,
 )
@@ -20,20 +21,25 @@ from .hollow_cnf import (
     conditional_hollow_cnf,
     hollow_cnf,
 )
+from .sylvester import ConditionalSylvester, ConditionedSylvester, conditional_sylvester
 
 __all__ = [
     "ConditionalCNF",
     "ConditionalFreeFormCNF",
     "ConditionalHollowCNF",
+    "ConditionalSylvester",
     "ConditionedCNF",
     "ConditionedFreeFormCNF",
     "ConditionedHollowCNF",
+    "ConditionedSylvester",
     "FreeFormCNF",
     "FreeFormNN",
     "HollowCNF",
+    "LowRankFreeFormNN",
     "Regularization",
     "conditional_free_form_cnf",
     "conditional_hollow_cnf",
+    "conditional_sylvester",
     "free_form_cnf",
     "hollow_cnf",
 ]

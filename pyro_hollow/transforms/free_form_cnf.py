@@ -25,6 +25,7 @@ __all__ = [
     "ConditionedFreeFormCNF",
     "FreeFormCNF",
     "FreeFormNN",
+    "LowRankFreeFormNN",
     "conditional_free_form_cnf",
     "free_form_cnf",
 ]
@@ -71,26 +72,126 @@ class FreeFormNN(nn.Module):
         return self.layers[-1](h)
 
 
-class _FreeFormField:
-    """A free-form vector field for one solve, during which the probe stays the same."""
+class LowRankFreeFormNN(nn.Module):
+    r"""
+    A dense network of time and state each of whose layers the context changes, by a matrix of low rank and a bias, as
+    in the variational autoencoders of FFJORD,
 
-    def __init__(self, function: nn.Module, context: Tensor | None, divergence: str, probe: str) -> None:
+        :math:`y = (W + U(\mathbf{c}) V(\mathbf{c})^T) [x, t] + b(\mathbf{c})`
+
+    where U, V and b are linear functions of the context. They are computed once per solve, by :meth:`bind`; for a
+    hidden layer of width w they take about 2 w rank numbers a sample.
+
+    :param int input_dim: Dimension of the state
+    :param int context_dim: Dimension of the context
+    :param hidden_dims: Widths of the hidden layers
+    :param int rank: the rank, at least 1
+    :param nonlinearity: a smooth activation module; None for softplus
+    :raises ValueError: for a rank below 1.
+
+    References:
+
+    [1] Will Grathwohl, Ricky T. Q. Chen, Jesse Bettencourt, Ilya Sutskever, David Duvenaud. FFJORD: Free-form
+    Continuous Dynamics for Scalable Reversible Generative Models. [arXiv:1810.01367]
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        hidden_dims: Sequence[int],
+        rank: int,
+        nonlinearity: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, but got {rank}")
+        self.input_dim = input_dim
+        self.context_dim = context_dim
+        self.rank = rank
+        widths = [input_dim, *hidden_dims, input_dim]
+        layers = [nn.Linear(a + 1, b, bias=False) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        self.layers = nn.ModuleList(layers)
+        # For each layer U, V and b, one after the other.
+        self._sizes = [n for layer in layers for n in (*(rank * w for w in layer.weight.shape), len(layer.weight))]
+        self.amortization = nn.Linear(context_dim, sum(self._sizes))
+        self.nonlinearity = nonlinearity if nonlinearity is not None else nn.Softplus()
+        with torch.no_grad():  # a fresh flow is close to the identity
+            layers[-1].weight.mul_(1e-2)
+            for parameter in self.amortization.parameters():
+                parameter.mul_(1e-1)
+                parameter[-sum(self._sizes[-3:]) :].mul_(1e-1)
+
+    def bind(self, context: Tensor) -> _LowRankField:
+        """
+        Computes what depends on the context alone.
+
+        :param Tensor context: the context with shape ``(*, context_dim)``, whose batch broadcasts against the state's.
+        """
+        return _LowRankField(self, self.amortization(context).split(self._sizes, dim=-1))
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor) -> Tensor:
+        """
+        :param Tensor t: time, a scalar.
+        :param Tensor x: the state with shape ``(*, input_dim)``.
+        :param Tensor context: the context, whose shape ``(*, context_dim)`` broadcasts against x's batch.
+        """
+        return self.bind(context)(t, x)
+
+
+class _LowRankField:
+    """A :class:`LowRankFreeFormNN` with its context fixed."""
+
+    def __init__(self, network: LowRankFreeFormNN, amortized: Sequence[Tensor]) -> None:
+        self._network = network
+        self._amortized = [
+            (u.unflatten(-1, (-1, network.rank)), v.unflatten(-1, (-1, network.rank)), b)
+            for u, v, b in zip(amortized[::3], amortized[1::3], amortized[2::3], strict=True)
+        ]
+        self.tensors = (*network.layers.parameters(), *amortized)
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        h, time = x, t.to(x.dtype).expand(*x.shape[:-1], 1)
+        for i, (layer, (u, v, b)) in enumerate(zip(self._network.layers, self._amortized, strict=True)):
+            if i > 0:
+                h = self._network.nonlinearity(h)
+            h = torch.cat([h, time], dim=-1)
+            inner = (h.unsqueeze(-2) @ v).squeeze(-2)  # (*, rank)
+            h = layer(h) + (u @ inner.unsqueeze(-1)).squeeze(-1) + b
+        return h
+
+
+class _Unbound:
+    """A module without ``bind``, and its context, as a vector field."""
+
+    def __init__(self, function: nn.Module, context: Tensor | None) -> None:
         # An alias, so that the adjoint method's gradient stops at it.
         self._arguments: tuple[Tensor, ...] = ()
         if context is not None:
             self._arguments = (context.clone() if context.is_inference() else context.view_as(context),)
         self._function = function
+        self.tensors = (*function.parameters(), *self._arguments)
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        return self._function(t, x, *self._arguments)
+
+
+class _FreeFormField:
+    """A free-form vector field for one solve, during which the probe stays the same."""
+
+    def __init__(self, function: nn.Module, context: Tensor | None, divergence: str, probe: str) -> None:
+        self._field: Any = function.bind(context) if hasattr(function, "bind") else _Unbound(function, context)  # type: ignore[operator]
         self._exact = divergence == "exact"
         self._probe = probe
         self._noise: Tensor | None = None
-        self.tensors = (*function.parameters(), *self._arguments)
+        self.tensors = tuple(self._field.tensors)
 
     def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         create_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors))
         with torch.enable_grad():
             # An alias of its own, as an adjoint method cuts the state itself off from what is computed of it.
             x = x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
-            f = self._function(t, x, *self._arguments)
+            f = self._field(t, x)
             if not f.requires_grad:  # a field that depends neither on x nor on any parameter
                 return f, torch.zeros_like(f[..., 0])
             divergence = self._trace(f, x, create_graph) if self._exact else self._estimate(f, x, create_graph)
@@ -232,7 +333,8 @@ class ConditionalFreeFormCNF(ConditionalCNF):
     torch.Size([7, 10])
 
     :param nn: the vector field, a smooth module called as ``nn(t, x, context)`` with attributes ``input_dim`` and
-        ``context_dim``.
+        ``context_dim``; or one with a method ``bind(context)`` that is called once per solve and returns the field
+        ``field(t, x)``, with an attribute ``tensors`` of all that gradients must reach, as hollow networks have.
     :type nn: ~torch.nn.Module
     :param divergence: "exact" or "hutchinson".
     :type divergence: str
@@ -297,6 +399,7 @@ def conditional_free_form_cnf(
     divergence: str = "exact",
     solver: Solver | None = None,
     nonlinearity: nn.Module | None = None,
+    rank: int | None = None,
     **kwargs: Any,
 ) -> ConditionalFreeFormCNF:
     """
@@ -315,7 +418,15 @@ def conditional_free_form_cnf(
     :type solver: Solver
     :param nonlinearity: Smooth activation module. Defaults to softplus
     :type nonlinearity: ~torch.nn.Module
+    :param rank: The context changes every layer by a matrix of this rank, as in the variational autoencoders of
+        FFJORD; see :class:`~pyro_hollow.transforms.LowRankFreeFormNN`. Defaults to the context as an input
+    :type rank: int
     :param kwargs: probe, time and cache_size, as for :class:`~pyro_hollow.transforms.ConditionalFreeFormCNF`
     """
-    network = FreeFormNN(input_dim, context_dim, [64, 64] if hidden_dims is None else hidden_dims, nonlinearity)
+    widths = [64, 64] if hidden_dims is None else hidden_dims
+    network: nn.Module
+    if rank is None:
+        network = FreeFormNN(input_dim, context_dim, widths, nonlinearity)
+    else:
+        network = LowRankFreeFormNN(input_dim, context_dim, widths, rank, nonlinearity)
     return ConditionalFreeFormCNF(network, divergence=divergence, solver=solver, **kwargs)
