@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 .PHONY: vae test test-slow lint bench clean
 
 vae: $(VENV)/vae.done
-	$(BIN)/python -m pyro_hollow.experiments.vae --flow none planar iaf hollow --data digits
+	$(BIN)/python -m pyro_hollow.experiments.vae table --data digits
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The data sets of the experiments: grey images with values in [0, 1]."""
+"""The data sets of the experiments: images with values in [0, 1], split for training, validation and test."""
 
 from __future__ import annotations
 
@@ -10,25 +10,38 @@ import hashlib
 import math
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DATASETS", "DataError", "Images", "load_images", "read_idx"]
+__all__ = ["BINARIZATIONS", "DATASETS", "DataError", "Images", "load_images", "read_idx"]
 
-DATASETS = ("digits", "mnist")
+DATASETS = ("digits", "mnist", "omniglot")
+BINARIZATIONS = ("static", "dynamic")
 
+#: Where a file comes from, and its SHA-256; None for a file that no one has vouched for.
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-#: SHA-256 of the four original files.
 MNIST_FILES = {
     "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
     "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
+STATIC_URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
+STATIC_FILES = {
+    "binarized_mnist_train.amat": "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+    "binarized_mnist_valid.amat": "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
+    "binarized_mnist_test.amat": "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+}
+#: The same arrays in one file.
+STATIC_ARRAYS = "binarized_mnist_static.npz"
+OMNIGLOT_URL = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/"
+OMNIGLOT_FILES = ("chardata.mat", "chardata_rebuilt.mat")
+
+#: The seed by which what has to be drawn once for all is drawn.
+SEED = 777
 
 
 class DataError(RuntimeError):
@@ -38,77 +51,160 @@ class DataError(RuntimeError):
 @dataclass(frozen=True)
 class Images:
     """
-    A data set of grey images.
+    A data set of images.
 
-    :ivar train: training images with shape ``(n, height * width)`` and values in [0, 1].
-    :ivar test: test images, likewise.
-    :ivar train_labels: class numbers with shape ``(n,)``.
-    :ivar test_labels: class numbers of the test images.
+    :ivar train: training images with shape ``(n, height * width)``, the probabilities of ink in [0, 1].
+    :ivar validation: validation images, binary.
+    :ivar test: test images, binary.
     :ivar shape: height and width.
+    :ivar source: what exactly the images are, in words.
     """
 
     train: Tensor
+    validation: Tensor
     test: Tensor
-    train_labels: Tensor
-    test_labels: Tensor
     shape: tuple[int, int]
+    source: str
 
 
-def load_images(name: str, data_dir: str | Path | None = None) -> Images:
+def load_images(name: str, data_dir: str | Path | None = None, binarization: str = "static") -> Images:
     """
-    Loads a data set.
+    Loads a data set. Images for validation and test that are not binary are binarised once, by a fixed seed.
 
-    :param str name: "digits", the 1,797 images of 8 x 8 pixels that scikit-learn ships, the last 360 of a fixed shuffle
-        as test images; or "mnist", 60,000 and 10,000 images of 28 x 28 pixels.
-    :param data_dir: the folder with the four IDX files of MNIST, or with a folder "mnist" that has them; None to
-        download them once, with a checksum.
-    :raises ValueError: for an unknown name.
+    "digits" are the 1,797 images of 8 x 8 pixels that scikit-learn ships, in a fixed order of which the last 360 are
+    for test and 180 before them for validation. "mnist" are 50,000, 10,000 and 10,000 images of 28 x 28 pixels; the
+    static binarisation is that of Salakhutdinov and Murray (2008), or, in a folder that has the four original files
+    only, one that is drawn from their grey values. "omniglot" are 28 x 28 pixels in the split of Burda et al. (2016):
+    23,000 and 1,345 of its training images in a fixed order, and 8,070 test images.
+
+    :param str name: "digits", "mnist" or "omniglot".
+    :param data_dir: the folder with the files, or with a folder of that name that has them; None to download them once.
+    :param str binarization: for "mnist", "static", or "dynamic" for grey values, to be binarised anew in each epoch.
+    :raises ValueError: for an unknown name or binarisation.
     :raises DataError: for files that are missing, cannot be read, or have another checksum.
+
+    References:
+
+    [1] Ruslan Salakhutdinov, Iain Murray. On the Quantitative Analysis of Deep Belief Networks. ICML 2008
+
+    [2] Yuri Burda, Roger Grosse, Ruslan Salakhutdinov. Importance Weighted Autoencoders. [arXiv:1509.00519]
     """
+    if binarization not in BINARIZATIONS:
+        raise ValueError(f"binarization must be one of {BINARIZATIONS}, but got {binarization!r}")
+    folder = None if data_dir is None else Path(data_dir)
     if name == "digits":
         return _digits()
+    if name == "omniglot":
+        return _omniglot(folder)
     if name == "mnist":
-        return _mnist(None if data_dir is None else Path(data_dir))
+        return _static_mnist(folder) if binarization == "static" else _mnist(folder)
     raise ValueError(f"name must be one of {DATASETS}, but got {name!r}")
 
 
 def _digits() -> Images:
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    x = torch.from_numpy(images[order] / 16).to(torch.get_default_dtype())
-    y = torch.from_numpy(labels[order])
-    return Images(x[:-360], x[-360:], y[:-360], y[-360:], (8, 8))
+    x = load_digits().data
+    x = x[np.random.default_rng(0).permutation(len(x))] / 16
+    return _images(x[:-540], x[-540:-360], x[-360:], "scikit-learn's digits, binarised anew in each epoch")
 
 
-def _mnist(data_dir: Path | None) -> Images:
-    arrays = [read_idx(_find(name, data_dir), checksum) for name, checksum in MNIST_FILES.items()]
-    train, test = (torch.from_numpy(a).flatten(1).to(torch.get_default_dtype()) / 255 for a in arrays[::2])
-    train_labels, test_labels = (torch.from_numpy(a).long() for a in arrays[1::2])
-    return Images(train, test, train_labels, test_labels, (28, 28))
+def _mnist(folder: Path | None) -> Images:
+    files = [_file("mnist", [name], folder, MNIST_URL, checksum) for name, checksum in MNIST_FILES.items()]
+    train, test = (
+        read_idx(path, checksum).reshape(-1, 784) / 255
+        for path, checksum in zip(files, MNIST_FILES.values(), strict=True)
+    )
+    cut = len(train) - len(train) // 6
+    return _images(train[:cut], train[cut:], test, "MNIST, binarised anew in each epoch")
 
 
-def _find(name: str, data_dir: Path | None) -> Path:
-    if data_dir is None:
-        import pooch
-
+def _static_mnist(folder: Path | None) -> Images:
+    source = "MNIST in the static binarisation of Salakhutdinov and Murray"
+    packed, text, grey = (
+        folder is not None and _find(name, "mnist", folder) is not None
+        for name in (STATIC_ARRAYS, next(iter(STATIC_FILES)), next(iter(MNIST_FILES)))
+    )
+    if packed:
+        path = _file("mnist", [STATIC_ARRAYS], folder)
         try:
-            return Path(
-                pooch.retrieve(
-                    MNIST_URL + name, f"sha256:{MNIST_FILES[name]}", name, path=pooch.os_cache("pyro_hollow"),
-                    progressbar=True,
-                )
-            )  # fmt: skip
-        except (OSError, ValueError) as error:
+            with np.load(path) as content:
+                return _images(content["train"], content["valid"], content["test"], source)
+        except (OSError, ValueError, KeyError, zlib.error) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+    if grey and not text:
+        images = _mnist(folder)
+        train = torch.bernoulli(images.train, generator=torch.Generator().manual_seed(SEED))
+        source = f"MNIST, binarised once by seed {SEED}, for want of the static binarisation of the literature"
+        return replace(images, train=train, source=source)
+    arrays = [_read_amat(name, checksum, folder) for name, checksum in STATIC_FILES.items()]
+    return _images(arrays[0], arrays[1], arrays[2], source)
+
+
+def _read_amat(name: str, checksum: str, folder: Path | None) -> np.ndarray:
+    """An array of the digits 0 and 1 in a text, which are every second byte of it."""
+    path = _file("mnist", [name], folder, STATIC_URL, checksum)
+    content = path.read_bytes()
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != checksum:
+        raise DataError(f"{path} is not the original file: its SHA-256 is {actual}, but should be {checksum}")
+    return (np.frombuffer(content, dtype=np.uint8)[::2] - ord("0")).reshape(-1, 784)
+
+
+def _omniglot(folder: Path | None) -> Images:
+    from scipy.io import loadmat
+
+    path = _file("omniglot", OMNIGLOT_FILES, folder, OMNIGLOT_URL)
+    try:
+        arrays = loadmat(path)
+        # One image a column, its pixels in the order of Fortran.
+        train, test = (
+            arrays[key].T.reshape(-1, 28, 28).swapaxes(1, 2).reshape(-1, 784) for key in ("data", "testdata")
+        )
+    except (OSError, ValueError, KeyError, NotImplementedError, zlib.error) as error:
+        raise DataError(f"{path} is not the MATLAB file of Burda et al.: {error}") from error
+    train = train[np.random.default_rng(SEED).permutation(len(train))]
+    rebuilt = ", rebuilt from the released drawings" if path.name == OMNIGLOT_FILES[1] else ""
+    cut = len(train) - 1345
+    return _images(train[:cut], train[cut:], test, f"OMNIGLOT 28 x 28{rebuilt}, binarised anew in each epoch")
+
+
+def _images(train: np.ndarray, validation: np.ndarray, test: np.ndarray, source: str) -> Images:
+    parts = [torch.from_numpy(np.ascontiguousarray(x)).to(torch.get_default_dtype()) for x in (train, validation, test)]
+    generator = torch.Generator().manual_seed(SEED)
+    validation_images, test_images = (torch.bernoulli(x, generator=generator) for x in parts[1:])
+    side = math.isqrt(train.shape[1])
+    return Images(parts[0], validation_images, test_images, (side, side), source)
+
+
+def _find(name: str, dataset: str, folder: Path) -> Path | None:
+    return next((path for path in (folder / name, folder / dataset / name) if path.exists()), None)
+
+
+def _file(
+    dataset: str, names: Sequence[str], folder: Path | None, url: str | None = None, checksum: str | None = None
+) -> Path:
+    """The file of one of these names in the folder, or, without a folder, the first of them from the address."""
+    if folder is not None:
+        found = next((path for name in names if (path := _find(name, dataset, folder))), None)
+        if found is None:
             raise DataError(
-                f"{name} could not be downloaded from {MNIST_URL} ({error}); get the four files of MNIST another way "
-                "and name their folder with --data-dir"
-            ) from error
-    for path in (data_dir / name, data_dir / "mnist" / name):
-        if path.exists():
-            return path
-    raise DataError(f"{name} is neither in {data_dir} nor in {data_dir / 'mnist'}; without --data-dir it is downloaded")
+                f"{' or '.join(names)} is neither in {folder} nor in {folder / dataset}; without --data-dir it is "
+                "downloaded"
+            )
+        return found
+    import pooch
+
+    known = None if checksum is None else f"sha256:{checksum}"
+    try:
+        return Path(
+            pooch.retrieve(f"{url}{names[0]}", known, names[0], path=pooch.os_cache("pyro_hollow"), progressbar=True)
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{names[0]} could not be downloaded from {url} ({error}); get it another way and name its folder with "
+            "--data-dir"
+        ) from error
 
 
 def read_idx(path: Path, checksum: str | None = None) -> np.ndarray:

@@ -2,14 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A variational autoencoder whose posterior is a normalizing flow chosen by name.
+Variational autoencoders whose posteriors are flows: the published table, under one protocol.
 
-Model and guide are Pyro programs, trained through Pyro's ELBO; every flow is amortised, that is, the encoder gives it
-the parameters of its base distribution and a context. Prints a table of the test -ELBO and the negative log-likelihood,
-saves the models, and draws reconstructions, samples from the prior, and the training curves.
+Every posterior is amortised: the encoder gives it the parameters of its base distribution and a context. "table"
+trains the chosen posteriors and seeds with Lightning, evaluates the best epoch of each on the test images, prints the
+table and writes it as Markdown and CSV, with figures; what is complete is used again, and what was stopped goes on.
+"gradients" tells how noisy the gradients of what "table" has trained are.
 
-    python -m pyro_hollow.experiments.vae --flow none hollow --data digits
-    python -m pyro_hollow.experiments.vae --flow hollow --data mnist --data-dir FOLDER
+    python -m pyro_hollow.experiments.vae table --data digits
+    python -m pyro_hollow.experiments.vae table --data mnist --data-dir FOLDER --flow none hollow --seed 0 1 2
+    python -m pyro_hollow.experiments.vae gradients --data digits --flow hollow hollow-stochastic
+
+Options can also stand in a YAML file, ``--config FILE``, by their names without dashes; those of the command line come
+first. Options of Lightning's Trainer (``--devices 2 --strategy ddp``) train one run on several devices.
 """
 
 from __future__ import annotations
@@ -19,282 +24,213 @@ import csv
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
-import pyro.distributions.transforms as T
 import torch
-from pyro import poutine
-from pyro.distributions.conditional import ConditionalComposeTransformModule
-from pyro.infer import Trace_ELBO
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from pyro_hollow.experiments.arguments import positive
-from pyro_hollow.experiments.data import DATASETS, DataError, Images, load_images
+from pyro_hollow.experiments.data import BINARIZATIONS, DATASETS, DataError, Images, load_images
 from pyro_hollow.experiments.figures import pyplot
-from pyro_hollow.ode import Solver
-from pyro_hollow.transforms import ConditionalHollowCNF, conditional_hollow_cnf
+from pyro_hollow.experiments.vae_models import FLOWS, NETWORKS, VAE
+from pyro_hollow.experiments.vae_training import Config, Estimate, estimate, fit, gradient_variance, make_vae
+from pyro_hollow.ode import SolverError
 
-FLOWS = ("none", "planar", "iaf", "hollow")
-
-#: Training integrates by a few steps of fixed size; a test -ELBO is only reported for a solve that has converged.
-TRAIN_SOLVER = Solver("rk4", options={"step_size": 1 / 3})
-TEST_SOLVER = Solver("dopri5", rtol=1e-5, atol=1e-5)
-
-
-@dataclass(frozen=True)
-class Config:
-    """All that decides the result of a run."""
-
-    flow: str
-    data: str
-    seed: int
-    epochs: int
-    warmup: int
-    latent_dim: int
-    hidden_dim: int
-    batch_size: int
-    lr: float
-    num_samples: int
+#: Colours that the colour-blind can tell apart, and a dash for each.
+COLOURS = dict(
+    zip(
+        FLOWS,
+        ("#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00", "#009E73", "#0072B2", "#F0E442"),
+        strict=True,
+    )
+)
 
 
 @dataclass
 class Result:
-    """What a run measured, in nats per image where not said otherwise."""
+    """
+    What a run has measured.
+
+    :ivar config: its settings.
+    :ivar parameters: the number of parameters.
+    :ivar history: a row an epoch: epoch, loss, validation (-ELBO), kl_weight, seconds (of training, in all), nfe and
+        nfe_backward (evaluations per solve, the mean).
+    :ivar estimate: the test, None before it.
+    """
 
     config: Config
     parameters: int
-    elbo: float
-    nll: float
-    seconds: float
-    nfe_train: int
-    nfe_test: int
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float]]
+    estimate: Estimate | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training an epoch."""
+        return self.history[-1]["seconds"] / len(self.history)
 
 
-def make_flow(name: str, latent_dim: int, context_dim: int) -> nn.Module | None:
+def train(configs: Sequence[Config], images: Images, output: Path, force: bool, **options: Any) -> None:
     """
-    The flow of a posterior.
+    Trains what is not complete yet; a run that fails does not stop the others.
 
-    :param str name: "none" for a diagonal Gaussian; "planar", 16 layers; "iaf", 4 affine autoregressive layers of 320
-        hidden units, as in Pyro; "hollow", one Hollow-CNF.
-    :param int latent_dim: Dimension of the latent variable
-    :param int context_dim: Dimension of the context
-    :raises ValueError: for any other name.
-    """
-    sizes = (latent_dim, context_dim)
-    if name == "none":
-        return None
-    if name == "planar":
-        return ConditionalComposeTransformModule([T.conditional_planar(*sizes, [64]) for _ in range(16)], cache_size=1)
-    if name == "iaf":
-        layers = [T.conditional_affine_autoregressive(*sizes, [320], stable=True) for _ in range(4)]
-        return ConditionalComposeTransformModule(layers, cache_size=1)
-    if name == "hollow":
-        return conditional_hollow_cnf(*sizes, solver=TRAIN_SOLVER)
-    raise ValueError(f"flow must be one of {FLOWS}, but got {name!r}")
-
-
-class VAE(nn.Module):
-    """
-    A variational autoencoder of dense networks for binary images.
-
-    :param int pixels: Number of pixels of an image
-    :param int latent_dim: Dimension of the latent variable
-    :param int hidden_dim: Width of the two hidden layers of encoder and decoder, and so of the flow's context
-    :param str flow: Name of the posterior's flow; see :func:`make_flow`
-    """
-
-    def __init__(self, pixels: int, latent_dim: int, hidden_dim: int, flow: str) -> None:
-        super().__init__()
-        self.latent_dim = latent_dim
-        self.encoder = nn.Sequential(
-            nn.Linear(pixels, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU()
-        )
-        self.to_base = nn.Linear(hidden_dim, 2 * latent_dim)
-        self.flow = make_flow(flow, latent_dim, hidden_dim)
-        self.decoder = nn.Sequential(
-            nn.Linear(latent_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(),
-            nn.Linear(hidden_dim, pixels),
-        )  # fmt: skip
-
-    def model(self, x: Tensor, kl_weight: float = 1.0) -> None:
-        """
-        :param Tensor x: binary images with shape ``(n, pixels)``.
-        :param float kl_weight: weight of the latent variable's density, for warm-up.
-        """
-        pyro.module("vae", self)
-        with pyro.plate("data", len(x), dim=-1):
-            with poutine.scale(scale=kl_weight):
-                z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent_dim), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z), validate_args=False).to_event(1), obs=x)
-
-    def guide(self, x: Tensor, kl_weight: float = 1.0) -> None:
-        """As :meth:`model`."""
-        pyro.module("vae", self)
-        with pyro.plate("data", len(x), dim=-1), poutine.scale(scale=kl_weight):
-            pyro.sample("z", self.posterior(x))
-
-    def posterior(self, x: Tensor) -> dist.TorchDistribution:
-        """The approximate posterior of the latent variables of images with shape ``(n, pixels)``."""
-        hidden = self.encoder(x)
-        loc, raw_scale = self.to_base(hidden).chunk(2, dim=-1)
-        base = dist.Normal(loc, nn.functional.softplus(raw_scale) + 1e-5).to_event(1)
-        if self.flow is None:
-            return base
-        return dist.TransformedDistribution(base, [self.flow.condition(hidden)])  # type: ignore[operator]
-
-    def decode(self, z: Tensor) -> Tensor:
-        """The probabilities of ink, with shape ``(*, pixels)``, for latent variables with shape ``(*, latent_dim)``."""
-        return torch.sigmoid(self.decoder(z))
-
-    def log_weights(self, x: Tensor, num_samples: int) -> Tensor:
-        """
-        :math:`\\log p(x, z) - \\log q(z | x)` for z drawn from the posterior.
-
-        :param Tensor x: binary images with shape ``(n, pixels)``.
-        :param int num_samples: samples an image.
-        :returns: a tensor of shape ``(num_samples, n)``.
-        """
-        particles = pyro.plate("particles", num_samples, dim=-2)
-        guide_trace = poutine.trace(particles(self.guide)).get_trace(x)
-        model_trace = poutine.trace(poutine.replay(particles(self.model), trace=guide_trace)).get_trace(x)
-        model_trace.compute_log_prob()
-        guide_trace.compute_log_prob()
-        log_p = model_trace.nodes["z"]["log_prob"] + model_trace.nodes["x"]["log_prob"]
-        return (log_p - guide_trace.nodes["z"]["log_prob"]).expand(num_samples, len(x))
-
-
-def train(vae: VAE, images: Tensor, config: Config, history: list[dict[str, float]]) -> None:
-    """
-    Trains by Adamax on freshly binarised images, with KL warm-up and a learning rate that falls to zero along a cosine.
-
-    :param VAE vae: the model, trained in place.
-    :param Tensor images: training images with shape ``(n, pixels)`` and values in [0, 1].
-    :param Config config: the settings.
-    :param history: receives a row an epoch.
-    """
-    optimizer = torch.optim.Adamax(vae.parameters(), lr=config.lr, eps=1e-7)
-    batches = math.ceil(len(images) / config.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * batches)
-    elbo = Trace_ELBO()
-    begin = time.perf_counter()
-    with tqdm(total=config.epochs * batches, desc=f"{config.flow} (seed {config.seed})", unit="batch") as progress:
-        for epoch in range(1, config.epochs + 1):
-            total = 0.0
-            order = torch.randperm(len(images), device=images.device)
-            for i, index in enumerate(order.split(config.batch_size)):
-                kl_weight = min(1.0, (epoch - 1 + (i + 1) / batches) / config.warmup) if config.warmup else 1.0
-                loss = elbo.differentiable_loss(vae.model, vae.guide, torch.bernoulli(images[index]), kl_weight)
-                optimizer.zero_grad()
-                (loss / len(index)).backward()
-                nn.utils.clip_grad_norm_(vae.parameters(), 100.0)
-                optimizer.step()
-                schedule.step()
-                total += loss.item()
-                progress.update()
-            seconds = time.perf_counter() - begin
-            history.append({"epoch": epoch, "loss": total / len(images), "kl_weight": kl_weight, "seconds": seconds})
-            progress.set_postfix(epoch=epoch, loss=f"{total / len(images):.2f}")
-
-
-@torch.no_grad()
-def evaluate(vae: VAE, images: Tensor, num_samples: int, *, chunk: int = 5000) -> tuple[float, float]:
-    """
-    The -ELBO and, by importance sampling, the negative log-likelihood, in nats per image.
-
-    :param VAE vae: the model.
-    :param Tensor images: binary images with shape ``(n, pixels)``.
-    :param int num_samples: the number K of samples an image.
-    :param int chunk: samples that are in memory at a time.
-    """
-    elbo = likelihood = 0.0
-    per_pass = min(num_samples, max(1, chunk // 50))
-    for x in tqdm(images.split(max(1, chunk // per_pass)), desc="test", unit="batch", leave=False):
-        counts = [per_pass] * (num_samples // per_pass) + [num_samples % per_pass] * (num_samples % per_pass > 0)
-        log_w = torch.cat([vae.log_weights(x, count) for count in counts])
-        elbo += log_w.mean(0).sum().item()
-        likelihood += (log_w.logsumexp(0) - math.log(num_samples)).sum().item()
-    return -elbo / len(images), -likelihood / len(images)
-
-
-def run(config: Config, images: Images, folder: Path, device: torch.device) -> tuple[VAE, Result]:
-    """
-    Trains and evaluates one model.
-
-    :param Config config: the settings.
+    :param configs: the settings of the runs.
     :param Images images: the data.
-    :param ~pathlib.Path folder: receives model.pt, history.csv, the figures and, last, result.json.
-    :param ~torch.device device: where to compute.
+    :param ~pathlib.Path output: the folder of all runs.
+    :param bool force: to begin anew what is there.
+    :param options: for :class:`lightning.Trainer`.
+    :raises SolverError: after the other runs, if one of them failed.
+    :raises DataError: if a folder holds a run with other settings.
     """
-    pyro.clear_param_store()
-    pyro.set_rng_seed(config.seed)
-    vae = VAE(images.train.shape[1], config.latent_dim, config.hidden_dim, config.flow).to(device)
-    result = Result(config, sum(p.numel() for p in vae.parameters()), math.nan, math.nan, math.nan, 0, 0)
-    train(vae, images.train.to(device), config, result.history)
-    torch.save(vae.state_dict(), folder / "model.pt")  # before anything can go wrong
-    _save_history(result, folder / "history.csv")
-    result.seconds = result.history[-1]["seconds"]
-    result.nfe_train = _evaluations(vae)
-    if isinstance(vae.flow, ConditionalHollowCNF):
-        vae.flow.solver = TEST_SOLVER
-    result.elbo, result.nll = evaluate(vae, binarized_test(images).to(device), config.num_samples)
-    result.nfe_test = _evaluations(vae)
+    # Looked up before the first one starts, as with several processes all of them have to do the same.
+    pending = [config for config in configs if not _is_complete(config, _folder(output, config), force)]
+    failure = None
+    for config in pending:
+        folder = _folder(output, config)
+        print(f"{config.flow}, seed {config.seed}: {folder}", file=sys.stderr)
+        try:
+            task = fit(config, images, folder, **options)
+        except SolverError as error:
+            print(f"{config.flow}, seed {config.seed} failed: {error}", file=sys.stderr)
+            failure = error
+            continue
+        if task.global_rank == 0:
+            parameters = sum(p.numel() for p in task.vae.parameters())
+            _write(folder / "training.json", Result(config, parameters, task.history))
+    if failure is not None:
+        raise failure
+
+
+def _folder(output: Path, config: Config) -> Path:
+    return output / config.data / f"{config.flow}-{config.seed}"
+
+
+def _is_complete(config: Config, folder: Path, force: bool) -> bool:
+    """Whether there is nothing left to train; sees to it that nothing of other settings is mixed in or lost."""
+    kept = folder / "config.json"
+    complete = folder / "training.json"
+    if force or not kept.exists():
+        for name in ("last.ckpt", "best.ckpt", "training.json", "estimate.json"):
+            (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(kept, config)
+    settings = json.loads(kept.read_text())
+    if settings != asdict(config):
+        names = [name for name, value in asdict(config).items() if settings.get(name) != value]
+        raise DataError(
+            f"{folder} holds a run with other settings ({', '.join(names)}): choose another --output, or lose it by "
+            "--force"
+        )
+    return complete.exists()
+
+
+def _write(path: Path, content: Any) -> None:
+    """By way of another file, so that what is there is complete."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(asdict(content), indent=1))
+    draft.replace(path)
+
+
+def load(config: Config, output: Path, images: Images) -> tuple[VAE, Result]:
+    """
+    The model of the best epoch, and what its training measured.
+
+    :param Config config: the settings.
+    :param ~pathlib.Path output: the folder of all runs.
+    :param Images images: the data.
+    """
+    folder = _folder(output, config)
+    content = json.loads((folder / "training.json").read_text())
+    vae = make_vae(config, images.train.shape[1])
+    state = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    vae.load_state_dict({name.removeprefix("vae."): value for name, value in state.items() if name.startswith("vae.")})
+    return vae, Result(config, content["parameters"], content["history"])
+
+
+def evaluate(config: Config, output: Path, images: Images, device: torch.device, **settings: Any) -> Result:
+    """
+    Tests the best epoch of a run, unless it has been, and draws its figures.
+
+    :param Config config: the settings of the run.
+    :param ~pathlib.Path output: the folder of all runs.
+    :param Images images: the data.
+    :param ~torch.device device: where to compute.
+    :param settings: for :func:`~pyro_hollow.experiments.vae_training.estimate`.
+    """
+    vae, result = load(config, output, images)
+    folder = _folder(output, config)
+    kept = folder / "estimate.json"
+    if kept.exists() and (content := json.loads(kept.read_text()))["settings"] == settings:
+        result.estimate = Estimate(**content["estimate"])
+        return result
+    vae.to(device)
+    result.estimate = estimate(vae, images.test.to(device), **settings)
     draw_images(vae, images, folder, device)
-    draw_training([result], folder / "training.png")
-    # Last, as its presence says that the run is complete.
-    (folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
-    return vae, result
-
-
-def _evaluations(vae: VAE) -> int:
-    stats = vae.flow.last_solve if isinstance(vae.flow, ConditionalHollowCNF) else None
-    return stats.nfe if stats else 0
-
-
-def binarized_test(images: Images) -> Tensor:
-    """The test images, binarised once and for all by a generator of fixed seed."""
-    return torch.bernoulli(images.test, generator=torch.Generator().manual_seed(777))
+    kept.write_text(json.dumps({"settings": settings, "estimate": asdict(result.estimate)}, indent=1))
+    return result
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """A Markdown table with a row per flow, mean and standard deviation over seeds."""
+    """A Markdown table with a row per posterior, mean and standard deviation over seeds."""
     lines = [
-        f"| posterior | -ELBO | NLL (K = {results[0].config.num_samples}) | seeds | epochs | seconds | "
-        "evaluations per solve, train / test | parameters |",
+        "| posterior | -ELBO | NLL | seeds | epochs | seconds an epoch | evaluations per solve, training / test | "
+        "parameters |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for flow in dict.fromkeys(result.config.flow for result in results):
         rows = [result for result in results if result.config.flow == flow]
-        first = rows[0]
-        evaluations = f"{first.nfe_train} / {first.nfe_test}" if first.nfe_test else "-"
+        tests = [result.estimate for result in rows if result.estimate is not None]
+        nfe = [sum(r["nfe"] for r in result.history) / len(result.history) for result in rows]
+        evaluations = f"{_mean(nfe, 0)} / {_mean([t.nfe for t in tests], 0)}" if any(nfe) else "-"
+        epochs = sorted({len(result.history) for result in rows})
         lines.append(
-            f"| {flow} | {_mean([r.elbo for r in rows])} | {_mean([r.nll for r in rows])} | {len(rows)} | "
-            f"{first.config.epochs} | {sum(r.seconds for r in rows) / len(rows):.0f} | {evaluations} | "
-            f"{first.parameters:,} |"
+            f"| {flow} | {_spread([t.elbo for t in tests])} | {_spread([t.nll for t in tests])} | {len(rows)} | "
+            f"{epochs[0]}{f' to {epochs[-1]}' if epochs[1:] else ''} | {_mean([r.seconds for r in rows], 0)} | "
+            f"{evaluations} | {rows[0].parameters:,} |"
         )
     return "\n".join(lines)
 
 
-def _mean(values: list[float]) -> str:
+def _mean(values: Sequence[float], digits: int) -> str:
     mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.2f}"
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return f"{mean:.2f} ± {deviation:.2f}"
+    return "-" if math.isnan(mean) else f"{mean:.{digits}f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1 or any(map(math.isnan, values)):
+        return _mean(values, 2)
+    return f"{_mean(values, 2)} ± {torch.tensor(values, dtype=torch.float64).std():.2f}"
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """Writes a row per run."""
+    rows = [
+        {
+            **asdict(result.config),
+            "parameters": result.parameters,
+            "trained_epochs": len(result.history),
+            "seconds_an_epoch": result.seconds,
+            **{f"training_{name}": result.history[-1][name] for name in ("loss", "validation", "nfe", "nfe_backward")},
+            **(asdict(result.estimate) if result.estimate is not None else {}),
+        }
+        for result in results
+    ]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @torch.no_grad()
 def draw_images(vae: VAE, images: Images, folder: Path, device: torch.device) -> None:
     """Writes reconstructions.png (above the original, below its reconstruction) and samples.png to a folder."""
     plt = pyplot()
-    x = binarized_test(images)[:16].to(device)
+    choice = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(0))[:16]
+    x = images.test[choice].to(device)
     pairs = torch.stack([x, vae.decode(vae.posterior(x).rsample())])
     samples = vae.decode(torch.randn(8 * 16, vae.latent_dim, device=device)).view(8, 16, -1)
     titles = {"reconstructions": f"{len(x)} test images and their reconstructions", "samples": "samples from the prior"}
@@ -311,128 +247,167 @@ def draw_images(vae: VAE, images: Images, folder: Path, device: torch.device) ->
 
 
 def draw_training(results: Sequence[Result], path: Path) -> None:
-    """Draws the training loss of several runs against the epoch and against seconds."""
+    """
+    Draws the validation -ELBO against epochs and against seconds, and, of continuous flows, the evaluations per solve
+    against epochs; one line a run.
+    """
     plt = pyplot()
-    colours = dict(zip(FLOWS, ("#000000", "#56B4E9", "#D55E00", "#009E73"), strict=True))
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-    for ax, key, label in zip(axes, ("epoch", "seconds"), ("epoch", "training time (s)"), strict=True):
+    panels = [("epoch", "validation", "epoch"), ("seconds", "validation", "training time (s)")]
+    if any(row["nfe"] for result in results for row in result.history):
+        panels.append(("epoch", "nfe", "epoch"))
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 3.8), layout="constrained")
+    for ax, (x, y, label) in zip(axes, panels, strict=True):
         for result in results:
-            rows = [row for row in result.history if row["kl_weight"] >= 1] or result.history
-            name = result.config.flow
-            again = name in ax.get_legend_handles_labels()[1]
-            ax.plot(
-                [r[key] for r in rows], [r["loss"] for r in rows], color=colours[name], label=None if again else name
-            )
+            name, rows = result.config.flow, result.history
+            if y == "nfe" and not any(row["nfe"] for row in rows):
+                continue
+            known = name in ax.get_legend_handles_labels()[1]
+            ax.plot([r[x] for r in rows], [r[y] for r in rows], color=COLOURS[name], label=None if known else name)
         ax.set_xlabel(label)
+        ax.set_ylabel("evaluations per solve" if y == "nfe" else "validation -ELBO (nats per image)")
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("training -ELBO (nats per image)")
-    axes[0].legend(title="posterior")
+    # The first epochs would squeeze the differences together.
+    settled = [row["validation"] for result in results for row in result.history[len(result.history) // 4 :]]
+    low, high = min(settled), max(settled)
+    for ax in axes[:2]:
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6)
+    axes[0].legend(title="posterior", fontsize="small")
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def _save_history(result: Result, path: Path) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(result.history[0]))
-        writer.writeheader()
-        writer.writerows(result.history)
+def gradients(configs: Sequence[Config], output: Path, images: Images, device: torch.device) -> str:
+    """A Markdown table of the variance of gradients before and after the training, with a row per run."""
+    x = images.test[torch.randperm(len(images.test), generator=torch.Generator().manual_seed(0))[:128]].to(device)
+    lines = [
+        "| posterior | seed | before training: new samples | same sample | after it: new samples | same sample |",
+        "|---|---|---|---|---|---|",
+    ]
+    for config in configs:
+        models = [make_vae(config, x.shape[1]), load(config, output, images)[0]]
+        variances = [f"{value:.3g}" for vae in models for value in gradient_variance(vae.to(device), x)]
+        lines.append(f"| {config.flow} | {config.seed} | {' | '.join(variances)} |")
+    return "\n".join(lines)
 
 
-def _finished(folder: Path, config: Config) -> Result | None:
-    """The result of an earlier run with the same settings, if there is one."""
-    try:
-        stored = json.loads((folder / "result.json").read_text())
-        result = Result(**{**stored, "config": Config(**stored["config"])})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return result if result.config == config else None
-
-
-def _at_least_0(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, but got {value}")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive and finite, but got {value}")
-    return value
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {error}") from error
+#: What a data set's size asks for, where nothing else is said.
+_DEFAULTS = {
+    "digits": {"epochs": 100, "latent_dim": 16, "hidden_dim": 128, "batch_size": 64},
+    "mnist": {"epochs": 20, "latent_dim": 64, "hidden_dim": 512, "batch_size": 128},
+    "omniglot": {"epochs": 40, "latent_dim": 64, "hidden_dim": 512, "batch_size": 128},
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        "python -m pyro_hollow.experiments.vae", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m pyro_hollow.experiments.vae",
+        description=__doc__.partition("\n\n    python")[0].strip(),
     )
     add = parser.add_argument
-    add("--flow", nargs="+", choices=FLOWS, default=["hollow"], help="posteriors to train (default: hollow)")
-    add("--data", choices=DATASETS, default="digits", help="data set (default: digits, which needs no download)")
-    add("--data-dir", type=Path, help="folder with the four IDX files of MNIST; without it they are downloaded")
-    add("--seed", nargs="+", type=_at_least_0, default=[0], help="seeds (default: 0)")
-    add("--epochs", type=positive, help="epochs (default: 100 for digits, 20 for mnist)")
+    add("command", choices=("table", "gradients"), help="what to do")
     add(
-        "--warmup",
-        type=_at_least_0,
-        help="epochs over which the KL weight rises to 1 (default: a quarter of the epochs)",
+        "--flow", nargs="+", choices=tuple(FLOWS), default=list(FLOWS)[:7], help="posteriors (default: the first seven)"
     )
-    add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, 64 for mnist)")
-    add("--hidden-dim", type=positive, help="width of encoder and decoder (default: 128 for digits, 512 for mnist)")
-    add("--batch-size", type=positive, help="images a batch (default: 64 for digits, 128 for mnist)")
+    add("--data", choices=DATASETS, default="digits", help="data set (default: digits)")
+    add("--data-dir", type=Path, help="folder with the files of mnist or omniglot (default: download)")
+    add("--binarization", choices=BINARIZATIONS, default="static", help="of mnist (default: static)")
+    add("--network", choices=NETWORKS, default="mlp", help="encoder and decoder (default: mlp)")
+    add("--seed", nargs="+", type=int, default=[0], help="seeds (default: 0)")
+    add("--epochs", type=positive, help="at most (default: 100 for digits, 20 for mnist, 40 for omniglot)")
+    add("--warmup", type=int, help="epochs in which the KL weight rises to 1 (default: a quarter of the epochs)")
+    add("--patience", type=int, default=0, help="epochs without a better validation -ELBO that end it (default: never)")
+    add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, otherwise 64)")
+    add("--hidden-dim", type=positive, help="width of the networks (default: 128 for digits, 512; 256 for conv)")
+    add("--batch-size", type=positive, help="images a batch, over all devices (default: 64 for digits, otherwise 128)")
     add("--lr", type=_rate, default=2e-3, help="learning rate of Adamax (default: 2e-3)")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate (default: cosine)")
+    add("--tolerance", type=_rate, default=1e-3, help="rtol and atol of training solves by dopri5 (default: 1e-3)")
+    add("--adjoint", action="store_true", help="gradients of continuous flows by the adjoint method")
     add("--num-samples", type=positive, default=100, metavar="K", help="importance samples an image (default: 100)")
-    add("--output", type=Path, default=Path("results/vae"), help="folder for models and figures (default: results/vae)")
-    add("--force", action="store_true", help="train anew where the output folder has the result of the same settings")
-    add("--device", type=_device, default="cpu", help="cpu, cuda, ... (default: cpu)")
+    add("--nll-images", type=int, help="test images for the likelihood, 0 for none (default: all)")
+    add("--output", type=Path, default=Path("results/vae"), help="folder for what is written (default: results/vae)")
+    add("--force", action="store_true", help="train anew what is in the output folder")
+    add("--accelerator", default="cpu", help="of Lightning's Trainer: cpu, gpu, ... (default: cpu)")
+    add("--devices", type=positive, default=1, help="their number (default: 1)")
+    add("--num-nodes", type=positive, default=1, help="machines (default: 1)")
+    add("--strategy", default="auto", help="of Lightning's Trainer, such as ddp (default: auto)")
+    add("--precision", choices=("32-true", "64-true"), default="32-true", help="of numbers (default: 32-true)")
+    add("--config", type=Path, help="YAML file with options")
     return parser
 
 
-_DEFAULTS = {
-    "digits": {"epochs": 100, "latent_dim": 16, "hidden_dim": 128, "batch_size": 64},
-    "mnist": {"epochs": 20, "latent_dim": 64, "hidden_dim": 512, "batch_size": 128},
-}
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, but got {text}")
+    return value
 
 
-def _config(args: argparse.Namespace, flow: str, seed: int) -> Config:
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """
+    Reads the command line, and before it the YAML file that it names.
+
+    :param ~argparse.ArgumentParser parser: the parser.
+    :param argv: the command line; None for that of the process.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(argv)
+    if args.config is None:
+        return args
+    try:
+        options = yaml.safe_load(args.config.read_text()) or {}
+        if not isinstance(options, dict):
+            raise ValueError("it must hold names of options with their values")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"--config {args.config} cannot be read: {error}")
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        if value is not False and value is not None:
+            words += [f"--{str(name).replace('_', '-')}", *(str(v) for v in values if v is not True)]
+    return parser.parse_args([args.command, *words, *argv])
+
+
+def make_config(args: argparse.Namespace, flow: str, seed: int) -> Config:
+    """The settings of one run."""
     given: dict[str, Any] = {key: value for key, value in vars(args).items() if value is not None}
-    settings = {**_DEFAULTS[args.data], **given, "flow": flow, "seed": seed}
+    defaults = dict(_DEFAULTS[args.data])
+    if args.network == "conv":
+        defaults["hidden_dim"] = 256
+    settings = {**defaults, **given, "flow": flow, "seed": seed}
     settings.setdefault("warmup", max(1, settings["epochs"] // 4))
-    return Config(**{name: settings[name] for name in Config.__dataclass_fields__})
+    return Config(**{field.name: settings[field.name] for field in fields(Config)})
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the experiment; see ``--help``."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    results = []
+    args = parse(parser, argv)
+    device = torch.device("cuda" if args.accelerator in ("gpu", "cuda") else "cpu")
+    configs = [make_config(args, flow, seed) for seed in args.seed for flow in args.flow]
+    folder = args.output / args.data
     try:
-        images = load_images(args.data, args.data_dir)
-        for seed in args.seed:
-            for flow in args.flow:
-                config = _config(args, flow, seed)
-                folder = args.output / args.data / f"{flow}-{seed}"
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "history.csv").touch()  # fails now rather than after the training
-                result = None if args.force else _finished(folder, config)
-                if result is None:
-                    _, result = run(config, images, folder, args.device)
-                else:
-                    print(f"{folder} is complete: its result is used again (--force trains anew)", file=sys.stderr)
-                results.append(result)
+        images = load_images(args.data, args.data_dir, args.binarization)
+        if args.command == "gradients":
+            print(gradients(configs, args.output, images, device))
+            return []
+        options = {name: getattr(args, name) for name in ("accelerator", "devices", "num_nodes", "strategy")}
+        train(configs, images, args.output, args.force, precision=args.precision, **options)
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return []  # one process is enough for the test
+        settings = {"num_samples": args.num_samples, "nll_images": args.nll_images}
+        results = [evaluate(config, args.output, images, device, **settings) for config in configs]
     except (DataError, OSError) as error:
         parser.error(str(error))
-    draw_training(results, args.output / args.data / "training.png")
-    print(f"{args.data}, test images, nats per image (lower is better):\n\n{format_table(results)}\n")
-    print(f"Models and figures are in {args.output / args.data}.", file=sys.stderr)
+    table = format_table(results)
+    (folder / "table.md").write_text(f"{table}\n")
+    write_csv(results, folder / "table.csv")
+    draw_training(results, folder / "training.png")
+    uncertainty = max(result.estimate.elbo_error for result in results if result.estimate is not None)
+    print(f"{images.source}; test images, nats per image (lower is better), K = {args.num_samples}:\n\n{table}\n")
+    print(f"The standard error of a -ELBO over the images is up to {uncertainty:.2f}.")
+    print(f"Models, tables and figures are in {folder}.", file=sys.stderr)
     return results
 
 
