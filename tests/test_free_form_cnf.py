@@ -33,6 +33,7 @@ from pyro_hollow import (
     conditional_free_form_cnf,
     free_form_cnf,
 )
+from pyro_hollow.transforms import FreeFormNN, LowRankFreeFormNN
 
 every_probe = pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
 strong_free_form = MODULES["free-form"]
@@ -314,3 +315,118 @@ def test_field_that_does_not_depend_on_the_state():
     y, ladj = FreeFormCNF(Constant()).call_and_ladj(torch.zeros(4, 2))
     torch.testing.assert_close(y, torch.ones(4, 2))
     torch.testing.assert_close(ladj, torch.zeros(4))
+
+
+# Networks that a context changes by low rank
+
+
+def low_rank(rank=2, hidden_dims=(5, 6), **kwargs):
+    """With parameters that are far from zero, unlike fresh ones."""
+    network = LowRankFreeFormNN(3, CONTEXT_DIM, hidden_dims, rank, **kwargs)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.3)
+    return network
+
+
+def low_rank_flow(**kwargs):
+    return ConditionalFreeFormCNF(low_rank(), solver=Solver(rtol=1e-8, atol=1e-8), **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("hidden_dims", [(), (5,), (5, 6)], ids=["no hidden layer", "one", "two"])
+@pytest.mark.parametrize("rank", [1, 2, 7])
+def test_low_rank_by_hand(rank, hidden_dims, dtype):
+    """Matrix by matrix, for one sample."""
+    torch.set_default_dtype(dtype)
+    network = low_rank(rank, hidden_dims, nonlinearity=nn.Tanh())
+    t, x, context = torch.tensor(0.3), torch.randn(3), torch.randn(CONTEXT_DIM)
+    amortized, h = network.amortization(context), x
+    for i, layer in enumerate(network.layers):
+        outputs, inputs = layer.weight.shape
+        (u, v, b), amortized = (
+            amortized[: rank * (outputs + inputs) + outputs].split([rank * outputs, rank * inputs, outputs]),
+            amortized[rank * (outputs + inputs) + outputs :],
+        )
+        weight = layer.weight + u.view(outputs, rank) @ v.view(inputs, rank).T
+        h = weight @ torch.cat([h.tanh() if i > 0 else h, t.view(1)]) + b
+    assert len(amortized) == 0
+    assert_close(network(t, x, context), h)
+
+
+def test_low_rank_shapes():
+    network, t = low_rank(), torch.tensor(0.3)
+    x, context = torch.randn(2, 4, 3), torch.randn(4, CONTEXT_DIM)
+    value = network(t, x, context)
+    assert value.shape == (2, 4, 3)
+    for i in range(2):
+        for j in range(4):
+            assert_close(value[i, j], network(t, x[i, j], context[j]))
+    assert_close(network(t, x, context[:1]), network(t, x, context[0]))
+
+
+def test_low_rank_bind_is_the_network():
+    network, t = low_rank(), torch.tensor(0.3)
+    x, context = torch.randn(4, 3), torch.randn(4, CONTEXT_DIM)
+    field = network.bind(context)
+    assert_close(field(t, x), network(t, x, context), rtol=0, atol=0)
+    network.amortization.forward = None  # what depends on the context alone is computed once
+    field(t + 0.1, x)
+
+
+def test_low_rank_tensors_are_all_that_gradients_must_reach():
+    network, context = low_rank(), torch.randn(4, CONTEXT_DIM, requires_grad=True)
+    field = network.bind(context)
+    value = field(torch.tensor(0.3), torch.randn(4, 3)).square().sum()
+    cut = torch.autograd.grad(value, field.tensors, retain_graph=True)
+    wanted = [context, *network.parameters()]
+    expected = torch.autograd.grad(value, wanted, retain_graph=True)
+    # Through these tensors alone comes the whole gradient.
+    through = torch.autograd.grad(field.tensors, wanted, cut, materialize_grads=True)
+    assert_close(through, expected)
+    assert all(gradient.abs().max() > 0 for gradient in expected)
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_low_rank_adjoint_and_direct_gradients(divergence):
+    context, x = torch.randn(4, CONTEXT_DIM, requires_grad=True), torch.randn(4, 3)
+    cond, results = low_rank_flow(divergence=divergence), []
+    for adjoint in (False, True):
+        cond.solver = replace(cond.solver, adjoint=adjoint)
+        torch.manual_seed(0)
+        results.append(gradients(cond.condition(context), x, context))
+    assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_low_rank_flow_is_a_transform():
+    cond, context = low_rank_flow(), torch.randn(1, CONTEXT_DIM)
+    check_inverse(cond.condition(context), (2,))
+    check_jacobian(cond.condition(context))
+    cond.solver = QUICK
+    flow = cond.condition(context)
+    check_metadata(flow)
+    check_shapes(flow, (2, 4))
+    check_training(flow)
+
+
+def test_rank_chooses_the_network():
+    context, x = torch.randn(4, CONTEXT_DIM), torch.randn(4, 3)
+    flow = conditional_free_form_cnf(3, CONTEXT_DIM, [8], rank=2, divergence="hutchinson", probe="gaussian")
+    assert isinstance(flow.nn, LowRankFreeFormNN)
+    assert (flow.nn.rank, flow.nn.input_dim, flow.nn.context_dim) == (2, 3, CONTEXT_DIM)
+    assert [tuple(layer.weight.shape) for layer in flow.nn.layers] == [(8, 4), (3, 9)]
+    assert (flow.divergence, flow.probe) == ("hutchinson", "gaussian")
+    assert isinstance(flow.nn.nonlinearity, nn.Softplus)
+    # A fresh flow is close to the identity, but not the identity, and the context has a part in it.
+    first, second = (flow.condition(c)(x) for c in (context, -context))
+    assert 1e-4 < (first - x).abs().max() < 0.5
+    assert (first - second).abs().max() > 1e-6
+    assert isinstance(conditional_free_form_cnf(3, CONTEXT_DIM).nn, FreeFormNN)
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_rank_below_one(rank):
+    with pytest.raises(ValueError, match=f"rank must be at least 1, but got {rank}"):
+        LowRankFreeFormNN(3, CONTEXT_DIM, [8], rank)
+    with pytest.raises(ValueError, match=f"rank must be at least 1, but got {rank}"):
+        conditional_free_form_cnf(3, CONTEXT_DIM, rank=rank)

@@ -3,20 +3,29 @@
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import NamedTuple
 
-import pyro
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+import yaml
 
 from pyro_hollow.experiments import vae
 from pyro_hollow.experiments.data import load_images
-from pyro_hollow.experiments.vae import FLOWS, VAE, Config, Result, binarized_test, format_table, make_flow
+from pyro_hollow.experiments.vae import FLOWS, Result, format_table, make_config, make_parser, parse, write_csv
+from pyro_hollow.experiments.vae_training import Config, Estimate, Task, estimate
+from pyro_hollow.ode import SolverError
 
 SETTINGS = {
     "epochs": 3,
@@ -26,36 +35,26 @@ SETTINGS = {
     "lr": 0.01,
     "num-samples": 3,
 }
-CONFIG = Config(
-    flow="none",
-    data="digits",
-    seed=0,
-    epochs=100,
-    warmup=25,
-    latent_dim=4,
-    hidden_dim=16,
-    batch_size=32,
-    lr=1e-3,
-    num_samples=500,
-)
-FIGURES = ("reconstructions.png", "samples.png", "training.png")
+FIGURES = ("reconstructions.png", "samples.png")
+CONTINUOUS = ("ffjord", "hollow", "hollow-stochastic", "free-form-exact")
 
 flows = pytest.mark.parametrize("flow", FLOWS)
 
 
-def command(output, *flow, **changed):
-    settings = {**SETTINGS, **{name.replace("_", "-"): value for name, value in changed.items()}}
-    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return ["--flow", *flow, "--output", str(output), *options]
+def command(output, *flow, name="table", **changed):
+    settings = {**SETTINGS, **{key.replace("_", "-"): value for key, value in changed.items()}}
+    options = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    return [name, "--flow", *flow, "--output", str(output), *options]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_images():
     """Every tenth image will do."""
 
-    def load(name, data_dir=None):
-        images = load_images(name, data_dir)
-        return replace(images, train=images.train[::10], test=images.test[::10])
+    def load(*args):
+        images = load_images(*args)
+        parts = {part: getattr(images, part)[::10] for part in ("train", "validation", "test")}
+        return replace(images, **parts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vae, "load_images", load)
@@ -63,30 +62,22 @@ def few_images():
 
 
 class Trained(NamedTuple):
-    folder: object
-    models: dict
+    folder: Path
     results: dict
-    table: str
+    printed: str
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, few_images):
     """All flows, trained by one command."""
-    folder, models, printed = tmp_path_factory.mktemp("vae"), {}, io.StringIO()
-    run = vae.run
-
-    def run_and_remember(config, *arguments):
-        models[config.flow], result = run(config, *arguments)
-        return models[config.flow], result
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(vae, "run", run_and_remember)
+    folder, printed = tmp_path_factory.mktemp("vae"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
         torch.set_default_dtype(torch.float64)
         try:
             results = vae.main(command(folder, *FLOWS))
         finally:
             torch.set_default_dtype(torch.float32)
-    return Trained(folder / "digits", models, {result.config.flow: result for result in results}, printed.getvalue())
+    return Trained(folder / "digits", {result.config.flow: result for result in results}, printed.getvalue())
 
 
 class TrainingStarted(Exception):
@@ -95,96 +86,180 @@ class TrainingStarted(Exception):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    def train(*args):
+    def fit(*args, **kwargs):
         raise TrainingStarted
 
-    monkeypatch.setattr(vae, "train", train)
+    monkeypatch.setattr(vae, "fit", fit)
 
 
-def make_vae(flow, pixels=64):
-    return VAE(pixels, latent_dim=4, hidden_dim=16, flow=flow)
+@pytest.fixture
+def no_estimate(monkeypatch):
+    def estimate(*args, **kwargs):
+        raise AssertionError("must not be tested again")
+
+    monkeypatch.setattr(vae, "estimate", estimate)
 
 
-def binary(n, pixels=64):
-    return torch.bernoulli(torch.full((n, pixels), 0.3))
+def refused(capsys, argv):
+    with pytest.raises(SystemExit) as raised:
+        vae.main(argv)
+    assert raised.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
-# Command line
+def without_seconds(history):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+# Table
 
 
 @flows
-def test_training_improves_the_loss(flow, trained):
+def test_training_improves_the_model(flow, trained):
     result = trained.results[flow]
     assert [row["epoch"] for row in result.history] == [1, 2, 3]
-    assert result.history[-1]["loss"] < result.history[0]["loss"] - 1
-    assert result.nll <= result.elbo < 64 * math.log(2)
-    assert result.parameters == sum(parameter.numel() for parameter in trained.models[flow].parameters())
+    assert result.history[-1]["validation"] < result.history[0]["validation"] - 0.5
+    # Of other samples, so it need not be lower.
+    assert result.estimate.nll < result.estimate.elbo + 3 * result.estimate.elbo_error
+    assert result.estimate.elbo < 64 * math.log(2)
+    assert (result.estimate.num_samples, result.estimate.nll_images) == (3, 36)
+    assert result.seconds > 0
 
 
 @flows
-def test_evaluations_are_those_of_the_two_solvers(flow, trained):
+def test_evaluations_of_training_and_test(flow, trained):
     result = trained.results[flow]
-    if flow == "hollow":
-        # Three steps of rk4 in training; dopri5 in the test.
-        assert result.nfe_train == 12
-        assert result.nfe_test >= 7 and result.nfe_test % 6 == 1
+    evaluations = [row["nfe"] for row in result.history] + [result.estimate.nfe]
+    if flow in CONTINUOUS:
+        assert all(nfe >= 6 for nfe in evaluations)
     else:
-        assert result.nfe_train == result.nfe_test == 0
+        assert evaluations == [0] * 4
 
 
 @flows
 def test_files_of_a_run(flow, trained):
     from matplotlib import image
 
-    folder = trained.folder / f"{flow}-0"
-    assert json.loads((folder / "result.json").read_text()) == asdict(trained.results[flow])
+    folder, result = trained.folder / f"{flow}-0", trained.results[flow]
+    assert json.loads((folder / "config.json").read_text()) == asdict(result.config)
+    kept = json.loads((folder / "training.json").read_text())
+    assert kept == asdict(replace(result, estimate=None))
+    kept = json.loads((folder / "estimate.json").read_text())
+    assert kept["estimate"] == asdict(result.estimate)
     with open(folder / "history.csv", newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    assert rows == trained.results[flow].history
+        assert [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)] == result.history
     for name in FIGURES:
         assert image.imread(folder / name)[..., :3].std() > 0.01
+    assert not list(folder.glob("*.draft"))
+
+
+def test_tables_and_figure_of_all_runs(trained):
+    from matplotlib import image
+
+    table = (trained.folder / "table.md").read_text()
+    assert table in trained.printed
+    assert table == format_table(list(trained.results.values())) + "\n"
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {flow}" for flow in FLOWS]
+    assert "scikit-learn's digits" in trained.printed and "K = 3" in trained.printed
+    with open(trained.folder / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, result in zip(rows, trained.results.values(), strict=True):
+        assert row["flow"] == result.config.flow
+        assert int(row["parameters"]) == result.parameters
+        assert (float(row["elbo"]), float(row["nll"])) == (result.estimate.elbo, result.estimate.nll)
+        assert float(row["training_validation"]) == result.history[-1]["validation"]
     assert image.imread(trained.folder / "training.png")[..., :3].std() > 0.01
 
 
 @flows
-def test_table_has_a_row_for_the_flow(flow, trained):
+def test_kept_model_is_the_one_that_was_tested(flow, trained):
     result = trained.results[flow]
-    (row,) = [line for line in trained.table.splitlines() if line.startswith(f"| {flow} |")]
-    assert f"| {result.elbo:.2f} | {result.nll:.2f} | 1 | 3 |" in row
-    assert f"| {result.parameters:,} |" in row
+    images = vae.load_images("digits")
+    model, again = vae.load(result.config, trained.folder.parent, images)
+    assert result.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (again.history, again.parameters) == (result.history, result.parameters)
+    # Random numbers are those of the test, whatever was drawn before.
+    measured = estimate(model, images.test, num_samples=3)
+    assert measured.elbo == pytest.approx(result.estimate.elbo)
+    assert measured.nll == pytest.approx(result.estimate.nll)
 
 
-def test_results_are_used_again(trained, no_training, capsys):
+def test_model_of_the_best_epoch_is_tested(trained):
+    result = trained.results["hollow"]
+    best = torch.load(trained.folder / "hollow-0" / "best.ckpt", weights_only=True)
+    values = [row["validation"] for row in result.history]
+    assert best["epoch"] == values.index(min(values))
+
+
+def test_results_are_used_again(trained, no_training, no_estimate, capsys):
     results = vae.main(command(trained.folder.parent, *FLOWS))
     assert results == list(trained.results.values())
-    assert capsys.readouterr().out == trained.table
+    assert capsys.readouterr().out == trained.printed
+
+
+def test_rows_of_the_table_can_be_chosen(trained, no_training, no_estimate, capsys):
+    results = vae.main(command(trained.folder.parent, "iaf", "none"))
+    assert [result.config.flow for result in results] == ["iaf", "none"]
+    vae.main(command(trained.folder.parent, *FLOWS))  # as the other tests expect
+
+
+def test_more_samples_test_again_without_training(trained, tmp_path, no_training):
+    shutil.copytree(trained.folder, tmp_path / "digits")
+    (result,) = vae.main([*command(tmp_path, "none"), "--num-samples", "50"])
+    assert result.estimate.num_samples == 50
+    assert result.estimate.nll < trained.results["none"].estimate.nll
+    assert result.estimate.elbo == trained.results["none"].estimate.elbo
+    (result,) = vae.main([*command(tmp_path, "none"), "--nll-images", "7"])
+    assert result.estimate.nll_images == 7
+
+
+def test_no_likelihood(trained, tmp_path, no_training, capsys):
+    shutil.copytree(trained.folder, tmp_path / "digits")
+    (result,) = vae.main([*command(tmp_path, "none"), "--nll-images", "0"])
+    assert math.isnan(result.estimate.nll)
+    assert f"| none | {result.estimate.elbo:.2f} | - | 1 |" in capsys.readouterr().out
 
 
 CHANGES = {
     "epochs": 2,
     "warmup": 2,
+    "patience": 3,
     "latent_dim": 5,
     "hidden_dim": 17,
     "batch_size": 33,
     "lr": 0.02,
-    "num_samples": 4,
-    "seed": 1,
+    "schedule": "constant",
+    "tolerance": 0.1,
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_changed_settings_train_again(name, trained, no_training):
-    with pytest.raises(TrainingStarted):
-        vae.main(command(trained.folder.parent, "none", **{name: CHANGES[name]}))
+def test_changed_settings_are_refused(name, trained, no_training, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
+    message = refused(capsys, command(trained.folder.parent, "none", **{name: CHANGES[name]}))
+    assert f"none-0 holds a run with other settings ({name})" in message and "--force" in message
+    assert {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")} == before
 
 
-@pytest.mark.parametrize("content", ("", "{", "[]", "{}", '{"config": {"flow": "none"}}'))
-def test_incomplete_results_are_not_used(content, tmp_path, no_training):
-    folder = tmp_path / "digits" / "none-0"
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(content)
+def test_several_changed_settings_are_named(trained, no_training, capsys):
+    message = refused(capsys, [*command(trained.folder.parent, "none", epochs=2, lr=0.1), "--adjoint"])
+    assert "(epochs, lr, adjoint)" in message
+
+
+def test_a_new_seed_is_a_new_run(trained, no_training):
     with pytest.raises(TrainingStarted):
-        vae.main(command(tmp_path, "none"))
+        vae.main([*command(trained.folder.parent, "none"), "--seed", "1"])
+    assert not (trained.folder / "none-1" / "training.json").exists()
+
+
+def test_force_begins_anew(tmp_path):
+    (first,) = vae.main(command(tmp_path, "none"))
+    (second,) = vae.main([*command(tmp_path, "none", epochs=2), "--force"])
+    assert len(second.history) == 2
+    # And leaves nothing of the first.
+    (third,) = vae.main([*command(tmp_path, "none"), "--force"])
+    assert without_seconds(third.history) == without_seconds(first.history)
+    assert third.estimate == first.estimate
 
 
 @flows
@@ -192,191 +267,315 @@ def test_same_seed_gives_same_numbers(flow, trained, tmp_path):
     # Nor does it matter what was trained before in the same process.
     (result,) = vae.main(command(tmp_path, flow))
     first = trained.results[flow]
-    assert (result.elbo, result.nll) == (first.elbo, first.nll)
-    assert [row["loss"] for row in result.history] == [row["loss"] for row in first.history]
+    assert result.estimate == first.estimate
+    assert without_seconds(result.history) == without_seconds(first.history)
 
 
 def test_seeds_are_runs_of_their_own(trained, tmp_path, capsys):
     first, second = vae.main([*command(tmp_path, "none"), "--seed", "0", "1"])
-    assert first.elbo == trained.results["none"].elbo != second.elbo
-    assert f"| {(first.elbo + second.elbo) / 2:.2f} ± " in capsys.readouterr().out
-    assert (tmp_path / "digits" / "none-1" / "model.pt").exists()
+    elbos = [result.estimate.elbo for result in (first, second)]
+    assert elbos[0] == trained.results["none"].estimate.elbo != elbos[1]
+    assert f"| none | {sum(elbos) / 2:.2f} ± {abs(elbos[0] - elbos[1]) / math.sqrt(2):.2f} |" in capsys.readouterr().out
+    assert (tmp_path / "digits" / "none-1" / "best.ckpt").exists()
 
 
-@flows
-def test_saved_model_is_the_trained_one(flow, trained):
-    state = torch.load(trained.folder / f"{flow}-0" / "model.pt", weights_only=True)
-    model, fresh, x = trained.models[flow], make_vae(flow), binary(7)
-    fresh.load_state_dict(state)
-    if flow == "hollow":
-        fresh.flow.solver = model.flow.solver
-    weights = []
-    for each in (model, fresh):
-        pyro.set_rng_seed(1)
-        weights.append(each.log_weights(x, 5))
-    assert torch.equal(*weights)
+@pytest.mark.parametrize("flow", ("none", "hollow"))
+def test_stopped_table_goes_on(flow, trained, tmp_path, monkeypatch):
+    training_step, count = Task.training_step, []
+
+    @functools.wraps(training_step)  # as Lightning looks at the arguments
+    def stop(self, batch, *others):
+        count.append(None)
+        if len(count) == 7:  # of four batches an epoch, 126 images
+            raise KeyError("stopped")
+        return training_step(self, batch, *others)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="stopped"):
+        patch.setattr(Task, "training_step", stop)
+        vae.main(command(tmp_path, flow))
+    assert not (tmp_path / "digits" / f"{flow}-0" / "training.json").exists()
+    (result,) = vae.main(command(tmp_path, flow))
+    assert without_seconds(result.history) == without_seconds(trained.results[flow].history)
+    assert result.estimate == trained.results[flow].estimate
+
+
+def test_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    fit = vae.fit
+
+    def fail(config, *args, **kwargs):
+        if config.flow == "planar":
+            raise SolverError("too stiff")
+        return fit(config, *args, **kwargs)
+
+    monkeypatch.setattr(vae, "fit", fail)
+    with pytest.raises(SolverError, match="too stiff"):
+        vae.main(command(tmp_path, "none", "planar", "householder"))
+    assert "planar, seed 0 failed: too stiff" in capsys.readouterr().err
+    trained = [(tmp_path / "digits" / f"{flow}-0" / "training.json").exists() for flow in ("none", "householder")]
+    assert trained == [True, True]
+
+
+KILLED = ["--epochs", "6", "--latent-dim", "4", "--hidden-dim", "16", "--num-samples", "3"]
+
+
+@pytest.fixture
+def start():
+    """Starts the command in a process that does not outlive the test."""
+    processes = []
+
+    def start(flow, output):
+        argv = ["table", "--flow", flow, *KILLED, "--output", str(output)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "pyro_hollow.experiments.vae", *argv], env=environment, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True,
+            )
+        )  # fmt: skip
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flow", ("none", "hollow"))
+def test_killed_process_loses_an_epoch_at_most(flow, start, tmp_path):
+    """SIGKILL in the middle of the training, twice; then the same command."""
+
+    def epochs(output):
+        history = output / "digits" / f"{flow}-0" / "history.csv"
+        return max(0, len(history.read_text().splitlines()) - 1) if history.exists() else 0
+
+    for kill_after in (2, 4):
+        process, begin = start(flow, tmp_path / "killed"), time.monotonic()
+        while epochs(tmp_path / "killed") < kill_after:
+            assert process.poll() is None and time.monotonic() - begin < 120
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        last = torch.load(tmp_path / "killed" / "digits" / f"{flow}-0" / "last.ckpt", weights_only=True)
+        assert len(last["history"]) >= epochs(tmp_path / "killed") - 1
+    for name in ("killed", "whole"):
+        process = start(flow, tmp_path / name)
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    folders = [tmp_path / name / "digits" / f"{flow}-0" for name in ("killed", "whole")]
+    histories = [json.loads((folder / "training.json").read_text())["history"] for folder in folders]
+    assert without_seconds(histories[0]) == without_seconds(histories[1])
+    first, second = (torch.load(folder / "best.ckpt", weights_only=True)["state_dict"] for folder in folders)
+    assert all(torch.equal(first[key], second[key]) for key in second)
+    tests = [json.loads((folder / "estimate.json").read_text()) for folder in folders]
+    assert tests[0] == tests[1]
+
+
+# Gradients
+
+
+def test_table_of_gradients(trained, capsys, no_training, monkeypatch):
+    monkeypatch.setattr(vae, "gradient_variance", functools.partial(vae.gradient_variance, repeats=3))
+    chosen = ("hollow", "hollow-stochastic")
+    assert vae.main(command(trained.folder.parent, *chosen, name="gradients")) == []
+    header, rule, *rows = capsys.readouterr().out.splitlines()
+    assert header.count("|") == rule.count("|") == 7
+    numbers = {}
+    for flow, row in zip(chosen, rows, strict=True):
+        name, seed, *values = row.strip("| ").split(" | ")
+        assert (name, seed) == (flow, "0")
+        numbers[flow] = [float(value) for value in values]
+        assert len(values) == 4
+    exact, stochastic = numbers["hollow"], numbers["hollow-stochastic"]
+    assert exact[1] == exact[3] == 0 and exact[0] > 0 and exact[2] > 0
+    assert all(value > 0 for value in stochastic)
+
+
+def test_gradients_of_what_is_not_trained(tmp_path, capsys):
+    message = refused(capsys, command(tmp_path, "hollow", name="gradients"))
+    assert str(tmp_path / "digits" / "hollow-0") in message
+
+
+@pytest.mark.parametrize("flow", ("none", "iaf"))
+def test_gradients_are_for_continuous_flows(flow, trained, capsys):
+    message = refused(capsys, command(trained.folder.parent, flow, name="gradients"))
+    assert flow in message
 
 
 # Arguments, and what standard error says of them. FILE is a file, EMPTY a folder.
 BAD_COMMANDS = {
     "unwritable output": (["--output", "FILE/below"], "FILE"),
     "output is a file": (["--output", "FILE"], "FILE"),
-    "no data": (["--data", "mnist", "--data-dir", "EMPTY"], "train-images-idx3-ubyte.gz is neither in EMPTY"),
-    "no data folder": (["--data", "mnist", "--data-dir", "EMPTY/x"], "train-images-idx3-ubyte.gz is neither in EMPTY"),
+    "no data": (["--data", "mnist", "--data-dir", "EMPTY"], "binarized_mnist_train.amat is neither in EMPTY"),
+    "no data folder": (["--data", "omniglot", "--data-dir", "EMPTY/x"], "chardata_rebuilt.mat is neither in EMPTY/x"),
     "unknown data": (["--data", "cifar"], "argument --data: invalid choice: 'cifar'"),
     "unknown flow": (["--flow", "spline"], "argument --flow: invalid choice: 'spline'"),
+    "unknown network": (["--network", "resnet"], "argument --network: invalid choice: 'resnet'"),
+    "unknown binarization": (["--binarization", "none"], "argument --binarization: invalid choice: 'none'"),
+    "conv for digits": (["--network", "conv"], "28 x 28"),
     "no epoch": (["--epochs", "0"], "argument --epochs: must be at least 1, but got 0"),
     "no number": (["--epochs", "many"], "argument --epochs: invalid"),
     "no sample": (["--num-samples", "0"], "argument --num-samples: must be at least 1, but got 0"),
     "negative warm-up": (["--warmup", "-1"], "--warmup"),
+    "negative patience": (["--patience", "-1"], "--patience"),
+    "negative number of images": (["--nll-images", "-1"], "--nll-images"),
     "negative learning rate": (["--lr", "-0.1"], "--lr"),
     "learning rate nan": (["--lr", "nan"], "--lr"),
     "negative seed": (["--seed", "-1"], "--seed"),
-    "unknown device": (["--device", "abacus"], "abacus"),
-    "missing device": (["--device", "cuda:99"], "CUDA"),
+    "unknown accelerator": (["--accelerator", "abacus"], "abacus"),
 }
 
 
-@pytest.mark.parametrize("arguments_and_reason", BAD_COMMANDS.values(), ids=BAD_COMMANDS.keys())
-def test_bad_commands_are_explained(arguments_and_reason, tmp_path, capsys):
+@pytest.mark.parametrize("case", BAD_COMMANDS.values(), ids=BAD_COMMANDS.keys())
+def test_bad_commands_are_explained(case, tmp_path, capsys):
     (tmp_path / "FILE").touch()
     (tmp_path / "EMPTY").mkdir()
 
     def in_place(text):
         return text.replace("FILE", str(tmp_path / "FILE")).replace("EMPTY", str(tmp_path / "EMPTY"))
 
-    arguments, reason = arguments_and_reason
-    with pytest.raises(SystemExit) as exit:
-        vae.main([*command(tmp_path / "results", "none"), *map(in_place, arguments)])
-    assert exit.value.code == 2
-    assert in_place(reason) in capsys.readouterr().err.splitlines()[-1]
+    arguments, reason = case
+    message = refused(capsys, [*command(tmp_path / "results", "none"), *map(in_place, arguments)])
+    assert in_place(reason) in message
 
 
-# Model
+# Configuration
 
 
-@pytest.mark.parametrize("num_samples", (1, 5))
-@flows
-def test_shape_of_log_weights(flow, num_samples):
-    assert make_vae(flow).log_weights(binary(7), num_samples).shape == (num_samples, 7)
+def configured(tmp_path, content, *argv):
+    path = tmp_path / "config.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return parse(make_parser(), ["table", "--config", str(path), *argv])
 
 
-@flows
-def test_log_weights_average_to_the_elbo_of_pyro(flow):
-    model, x, particles = make_vae(flow), binary(3), 2000
-    with torch.no_grad():
-        log_w = model.log_weights(x, particles).sum(-1)
-        loss = Trace_ELBO(num_particles=particles, vectorize_particles=True, max_plate_nesting=1).loss(
-            model.model, model.guide, x
-        )
-    assert abs(log_w.mean() + loss) < 5 * log_w.std() * math.sqrt(2 / particles)
+def without_config(args):
+    return {name: value for name, value in vars(args).items() if name != "config"}
 
 
-def constant_decoder(flow):
-    """A VAE whose decoder ignores its input: every binary image has the probability 2**-pixels."""
-    model = make_vae(flow)
-    torch.nn.init.zeros_(model.decoder[-1].weight)
-    torch.nn.init.zeros_(model.decoder[-1].bias)
-    return model
+def test_yaml_says_what_options_say(tmp_path):
+    content = {
+        "flow": ["none", "hollow"], "seed": [0, 1], "epochs": 7, "lr": 0.005, "schedule": "constant", "adjoint": True,
+        "force": False, "latent-dim": 8, "hidden_dim": 32, "output": "elsewhere", "nll_images": None,
+    }  # fmt: skip
+    argv = "table --flow none hollow --seed 0 1 --epochs 7 --lr 0.005 --schedule constant --adjoint --latent-dim 8"
+    expected = parse(make_parser(), [*argv.split(), "--hidden-dim", "32", "--output", "elsewhere"])
+    assert without_config(configured(tmp_path, content)) == without_config(expected)
 
 
-@flows
-def test_weights_average_to_the_likelihood(flow):
-    # Whatever the posterior. It is made wider than the prior, so that the weights have a variance; much wider before
-    # the planar layers, each of which contracts.
-    model, num_samples = constant_decoder(flow), 5000
-    with torch.no_grad():
-        model.to_base.bias[4:] = 5.0 if flow == "planar" else 2.0
-        weights = (model.log_weights(binary(3), num_samples) + 64 * math.log(2)).exp()
-    assert (weights.std(0) > 0.1).all()
-    assert ((weights.mean(0) - 1).abs() < 5 * weights.std(0) / math.sqrt(num_samples)).all()
+@pytest.mark.parametrize("number", ("1e-3", "0.001"))
+def test_numbers_in_yaml(number, tmp_path):
+    # YAML reads "1e-3" as a text.
+    assert configured(tmp_path, f"lr: {number}").lr == 1e-3
 
 
-def exact_posterior(flow):
-    """As before, with a posterior that equals the prior."""
-    model = constant_decoder(flow)
-    torch.nn.init.zeros_(model.to_base.weight)
-    with torch.no_grad():
-        model.to_base.bias[:4] = 0.0
-        model.to_base.bias[4:] = math.log(math.expm1(1 - 1e-5))
-        for parameter in model.flow.parameters() if model.flow is not None else ():
-            parameter.zero_()
-    return model
+def test_command_line_comes_before_yaml(tmp_path):
+    args = configured(tmp_path, {"epochs": 7, "flow": ["none", "hollow"], "lr": 0.5}, "--epochs", "9", "--flow", "iaf")
+    assert (args.epochs, args.flow, args.lr) == (9, ["iaf"], 0.5)
 
 
-identities = pytest.mark.parametrize("flow", ("none", "hollow"))
+def test_empty_yaml(tmp_path):
+    assert without_config(configured(tmp_path, "")) == without_config(parse(make_parser(), ["table"]))
 
 
-@identities
-def test_weights_of_the_exact_posterior_are_constant(flow):
-    log_w = exact_posterior(flow).log_weights(binary(7), 5)
-    assert (log_w + 64 * math.log(2)).abs().max() < 1e-10
+def test_command_may_follow_the_options(tmp_path):
+    (tmp_path / "config.yaml").write_text("epochs: 7")
+    args = parse(make_parser(), ["--config", str(tmp_path / "config.yaml"), "gradients"])
+    assert (args.command, args.epochs) == ("gradients", 7)
 
 
-@pytest.mark.parametrize("chunk", (100, 5000))
-@pytest.mark.parametrize("num_samples", (1, 5, 101))
-@identities
-def test_evaluate_in_parts(flow, num_samples, chunk):
-    elbo, nll = vae.evaluate(exact_posterior(flow), binary(7), num_samples, chunk=chunk)
-    assert elbo == pytest.approx(64 * math.log(2))
-    assert nll == pytest.approx(64 * math.log(2))
+def test_yaml_trains_the_same(trained, no_training, no_estimate, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**SETTINGS, "flow": list(FLOWS), "output": str(trained.folder.parent)}))
+    assert vae.main(["table", "--config", str(path)]) == list(trained.results.values())
 
 
-def test_kl_weight_scales_the_latent_part_alone():
-    model, x = make_vae("none"), binary(5)
-    losses = []
-    for kl_weight in (0.25, 0.5, 1.0):
-        pyro.set_rng_seed(0)
-        losses.append(Trace_ELBO().loss(model.model, model.guide, x, kl_weight))
-    assert losses[1] - losses[0] == pytest.approx((losses[2] - losses[1]) / 2)
-    pyro.set_rng_seed(0)
-    assert losses[2] == pytest.approx(-model.log_weights(x, 1).sum().item())
+BAD_YAML = {
+    "unknown option": ("epoch-count: 7", "--epoch-count"),
+    "bad value": ("epochs: 0", "argument --epochs: must be at least 1, but got 0"),
+    "bad choice": ("flow: [none, spline]", "argument --flow: invalid choice: 'spline'"),
+    "a list": ("- epochs", "config.yaml cannot be read: it must hold names of options"),
+    "not YAML": ("epochs: [1, 2", "config.yaml cannot be read"),
+    "a tab": ("epochs:\t- [", "config.yaml cannot be read"),
+    "no text": (b"\xff\xfe\x00", "config.yaml cannot be read"),
+}
 
 
-def test_kl_warm_up():
-    history = []
-    vae.train(make_vae("none"), torch.rand(64, 64), replace(CONFIG, epochs=4, warmup=2), history)
-    assert [row["kl_weight"] for row in history] == [0.5, 1.0, 1.0, 1.0]
+@pytest.mark.parametrize("case", BAD_YAML.values(), ids=BAD_YAML.keys())
+def test_bad_yaml_is_explained(case, tmp_path, capsys):
+    content, reason = case
+    (tmp_path / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as raised:
+        parse(make_parser(), ["table", "--config", str(tmp_path / "config.yaml")])
+    assert raised.value.code == 2
+    assert reason in capsys.readouterr().err
 
 
-def test_no_flow_and_unknown_flow():
-    assert make_flow("none", 4, 8) is None
-    with pytest.raises(ValueError, match="spline") as raised:
-        make_flow("spline", 4, 8)
-    assert all(flow in str(raised.value) for flow in FLOWS)
+def test_missing_yaml_is_explained(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(make_parser(), ["table", "--config", str(tmp_path / "no.yaml")])
+    assert "no.yaml cannot be read" in capsys.readouterr().err
 
 
-def test_test_images_are_binarised_once_and_for_all():
-    images = load_images("digits")
-    before = torch.get_rng_state()
-    first = binarized_test(images)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(123)
-    assert torch.equal(binarized_test(images), first)
-    assert first.unique().tolist() == [0, 1]
-    assert abs(first.mean() - images.test.mean()) < 0.01
+DEFAULTS = {
+    "digits": ([], 100, 25, 16, 128, 64),
+    "mnist": (["--data", "mnist"], 20, 5, 64, 512, 128),
+    "omniglot": (["--data", "omniglot"], 40, 10, 64, 512, 128),
+    "conv": (["--data", "mnist", "--network", "conv"], 20, 5, 64, 256, 128),
+    "few epochs": (["--epochs", "2"], 2, 1, 16, 128, 64),
+    "all given": ("--epochs 9 --warmup 0 --latent-dim 3 --hidden-dim 5 --batch-size 7".split(), 9, 0, 3, 5, 7),
+}
 
 
-# Table
+@pytest.mark.parametrize("case", DEFAULTS.values(), ids=DEFAULTS.keys())
+def test_defaults(case):
+    argv, *expected = case
+    config = make_config(parse(make_parser(), ["table", *argv]), "hollow", 3)
+    assert (config.flow, config.seed) == ("hollow", 3)
+    assert [config.epochs, config.warmup, config.latent_dim, config.hidden_dim, config.batch_size] == expected
 
 
-def result(flow, seed, elbo, nll, **changed):
-    values = {"parameters": 1234567, "seconds": 10.0 + 10 * seed, "nfe_train": 0, "nfe_test": 0, **changed}
-    return Result(replace(CONFIG, flow=flow, seed=seed), elbo=elbo, nll=nll, **values)
+def test_flows_by_default():
+    args = parse(make_parser(), ["table"])
+    assert args.flow == ["none", "planar", "iaf", "sylvester", "householder", "ffjord", "hollow"]
+
+
+# Format
+
+CONFIG = make_config(parse(make_parser(), ["table"]), "none", 0)
+
+
+def result(flow, seed, elbo, nll, nfe=0.0, test_nfe=0.0, epochs=10, seconds=10.0):
+    row = {"loss": 1.0, "validation": 2.0, "kl_weight": 1.0, "nfe": nfe, "nfe_backward": 0.0}
+    history = [{"epoch": i + 1.0, "seconds": (i + 1) * seconds, **row} for i in range(epochs)]
+    measured = Estimate(elbo, 0.1, nll, 0.1, 100, 500, test_nfe)
+    return Result(replace(CONFIG, flow=flow, seed=seed), 1234567, history, measured)
 
 
 def test_format_table():
     results = [
         result("none", 0, 20.0, 19.5),
-        result("hollow", 0, 10.0, 8.0, nfe_train=12, nfe_test=26),
-        result("hollow", 1, 11.0, 8.5, nfe_train=12, nfe_test=32),
-        result("hollow", 2, 13.0, 8.25, nfe_train=12, nfe_test=32),
+        result("hollow", 0, 10.0, 8.0, nfe=12, test_nfe=26, seconds=20.0),
+        result("iaf", 0, 15.0, math.nan, epochs=7),
+        result("hollow", 1, 11.0, 8.5, nfe=13, test_nfe=32, seconds=30.0),
+        result("hollow", 2, 13.0, 8.25, nfe=14, test_nfe=32, seconds=40.0, epochs=12),
     ]
     header, rule, *rows = format_table(results).splitlines()
-    assert "NLL (K = 500)" in header
-    assert header.count("|") == rule.count("|") == rows[0].count("|") == rows[1].count("|")
+    assert all(line.count("|") == header.count("|") for line in (rule, *rows))
     # The standard deviations of 10, 11, 13 and of 8, 8.5, 8.25 are sqrt(7 / 3) and 1 / 4.
     assert rows == [
-        "| none | 20.00 | 19.50 | 1 | 100 | 10 | - | 1,234,567 |",
-        "| hollow | 11.33 ± 1.53 | 8.25 ± 0.25 | 3 | 100 | 20 | 12 / 26 | 1,234,567 |",
+        "| none | 20.00 | 19.50 | 1 | 10 | 10 | - | 1,234,567 |",
+        "| hollow | 11.33 ± 1.53 | 8.25 ± 0.25 | 3 | 10 to 12 | 30 | 13 / 30 | 1,234,567 |",
+        "| iaf | 15.00 | - | 1 | 7 | 10 | - | 1,234,567 |",
     ]
+
+
+def test_write_csv(tmp_path):
+    write_csv([result("none", 0, 20.0, 19.5), result("none", 1, 21.0, 18.5)], tmp_path / "table.csv")
+    with open(tmp_path / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["elbo"], row["nll"], row["seconds_an_epoch"]) for row in rows] == [
+        ("0", "20.0", "19.5", "10.0"),
+        ("1", "21.0", "18.5", "10.0"),
+    ]
+    assert set(asdict(CONFIG)) < set(rows[0]) and set(Config.__dataclass_fields__) < set(rows[0])

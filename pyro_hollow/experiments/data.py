@@ -128,9 +128,9 @@ def _static_mnist(folder: Path | None) -> Images:
     if packed:
         path = _file("mnist", [STATIC_ARRAYS], folder)
         try:
-            with np.load(path) as content:
+            with open(path, "rb") as file, np.load(file) as content:
                 return _images(content["train"], content["valid"], content["test"], source)
-        except (OSError, ValueError, KeyError, zlib.error) as error:
+        except Exception as error:  # of any kind, where the file is damaged
             raise DataError(f"{path} cannot be read: {error}") from error
     if grey and not text:
         images = _mnist(folder)
@@ -155,22 +155,24 @@ def _omniglot(folder: Path | None) -> Images:
     from scipy.io import loadmat
 
     path = _file("omniglot", OMNIGLOT_FILES, folder, OMNIGLOT_URL)
+    rebuilt = ", rebuilt from the released drawings" if path.name == OMNIGLOT_FILES[1] else ""
     try:
         arrays = loadmat(path)
         # One image a column, its pixels in the order of Fortran.
         train, test = (
             arrays[key].T.reshape(-1, 28, 28).swapaxes(1, 2).reshape(-1, 784) for key in ("data", "testdata")
         )
-    except (OSError, ValueError, KeyError, NotImplementedError, zlib.error) as error:
+        train = train[np.random.default_rng(SEED).permutation(len(train))]
+        cut = len(train) - 1345
+        return _images(train[:cut], train[cut:], test, f"OMNIGLOT 28 x 28{rebuilt}, binarised anew in each epoch")
+    except Exception as error:  # of any kind, where the file is damaged
         raise DataError(f"{path} is not the MATLAB file of Burda et al.: {error}") from error
-    train = train[np.random.default_rng(SEED).permutation(len(train))]
-    rebuilt = ", rebuilt from the released drawings" if path.name == OMNIGLOT_FILES[1] else ""
-    cut = len(train) - 1345
-    return _images(train[:cut], train[cut:], test, f"OMNIGLOT 28 x 28{rebuilt}, binarised anew in each epoch")
 
 
 def _images(train: np.ndarray, validation: np.ndarray, test: np.ndarray, source: str) -> Images:
     parts = [torch.from_numpy(np.ascontiguousarray(x)).to(torch.get_default_dtype()) for x in (train, validation, test)]
+    if not all(((x >= 0) & (x <= 1)).all() for x in parts):
+        raise DataError("pixels must be in [0, 1]")
     generator = torch.Generator().manual_seed(SEED)
     validation_images, test_images = (torch.bernoulli(x, generator=generator) for x in parts[1:])
     side = math.isqrt(train.shape[1])

@@ -34,10 +34,10 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from pyro_hollow.experiments.arguments import positive
+from pyro_hollow.experiments.arguments import not_negative, positive
 from pyro_hollow.experiments.data import BINARIZATIONS, DATASETS, DataError, Images, load_images
 from pyro_hollow.experiments.figures import pyplot
-from pyro_hollow.experiments.vae_models import FLOWS, NETWORKS, VAE
+from pyro_hollow.experiments.vae_models import CONTINUOUS, FLOWS, NETWORKS, VAE
 from pyro_hollow.experiments.vae_training import Config, Estimate, estimate, fit, gradient_variance, make_vae
 from pyro_hollow.ode import SolverError
 
@@ -313,10 +313,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-dir", type=Path, help="folder with the files of mnist or omniglot (default: download)")
     add("--binarization", choices=BINARIZATIONS, default="static", help="of mnist (default: static)")
     add("--network", choices=NETWORKS, default="mlp", help="encoder and decoder (default: mlp)")
-    add("--seed", nargs="+", type=int, default=[0], help="seeds (default: 0)")
+    add("--seed", nargs="+", type=not_negative, default=[0], help="seeds (default: 0)")
     add("--epochs", type=positive, help="at most (default: 100 for digits, 20 for mnist, 40 for omniglot)")
-    add("--warmup", type=int, help="epochs in which the KL weight rises to 1 (default: a quarter of the epochs)")
-    add("--patience", type=int, default=0, help="epochs without a better validation -ELBO that end it (default: never)")
+    add(
+        "--warmup",
+        type=not_negative,
+        help="epochs in which the KL weight rises to 1 (default: a quarter of the epochs)",
+    )
+    add(
+        "--patience",
+        type=not_negative,
+        default=0,
+        help="epochs without a better validation -ELBO that end it (default: never)",
+    )
     add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, otherwise 64)")
     add("--hidden-dim", type=positive, help="width of the networks (default: 128 for digits, 512; 256 for conv)")
     add("--batch-size", type=positive, help="images a batch, over all devices (default: 64 for digits, otherwise 128)")
@@ -325,10 +334,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tolerance", type=_rate, default=1e-3, help="rtol and atol of training solves by dopri5 (default: 1e-3)")
     add("--adjoint", action="store_true", help="gradients of continuous flows by the adjoint method")
     add("--num-samples", type=positive, default=100, metavar="K", help="importance samples an image (default: 100)")
-    add("--nll-images", type=int, help="test images for the likelihood, 0 for none (default: all)")
+    add("--nll-images", type=not_negative, help="test images for the likelihood, 0 for none (default: all)")
     add("--output", type=Path, default=Path("results/vae"), help="folder for what is written (default: results/vae)")
     add("--force", action="store_true", help="train anew what is in the output folder")
-    add("--accelerator", default="cpu", help="of Lightning's Trainer: cpu, gpu, ... (default: cpu)")
+    add("--accelerator", choices=("cpu", "gpu"), default="cpu", help="of Lightning's Trainer (default: cpu)")
     add("--devices", type=positive, default=1, help="their number (default: 1)")
     add("--num-nodes", type=positive, default=1, help="machines (default: 1)")
     add("--strategy", default="auto", help="of Lightning's Trainer, such as ddp (default: auto)")
@@ -366,7 +375,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         values = value if isinstance(value, list) else [value]
         if value is not False and value is not None:
             words += [f"--{str(name).replace('_', '-')}", *(str(v) for v in values if v is not True)]
-    return parser.parse_args([args.command, *words, *argv])
+    return parser.parse_args(argv, parser.parse_args([args.command, *words]))
 
 
 def make_config(args: argparse.Namespace, flow: str, seed: int) -> Config:
@@ -384,7 +393,11 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the experiment; see ``--help``."""
     parser = make_parser()
     args = parse(parser, argv)
-    device = torch.device("cuda" if args.accelerator in ("gpu", "cuda") else "cpu")
+    device = torch.device("cuda" if args.accelerator == "gpu" else "cpu")
+    if args.network == "conv" and args.data == "digits":
+        parser.error("--network conv is for images of 28 x 28 pixels: take --data mnist or omniglot")
+    if args.command == "gradients" and (others := set(args.flow) - set(CONTINUOUS)):
+        parser.error(f"--flow must name continuous flows, {', '.join(CONTINUOUS)}, but got {', '.join(sorted(others))}")
     configs = [make_config(args, flow, seed) for seed in args.seed for flow in args.flow]
     folder = args.output / args.data
     try:

@@ -28,7 +28,7 @@ from pyro_hollow.transforms import (
     conditional_sylvester,
 )
 
-__all__ = ["FLOWS", "NETWORKS", "TEST_SOLVER", "VAE", "exact", "make_flow"]
+__all__ = ["CONTINUOUS", "FLOWS", "NETWORKS", "TEST_SOLVER", "VAE", "exact", "make_flow"]
 
 NETWORKS = ("mlp", "conv")
 
@@ -81,6 +81,8 @@ FLOWS: dict[str, Callable[..., nn.Module | None]] = {
     "hollow-stochastic": _hollow_stochastic,
     "free-form-exact": _free_form("exact"),
 }
+#: Those that solve differential equations.
+CONTINUOUS = ("ffjord", "hollow", "hollow-stochastic", "free-form-exact")
 
 
 def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> nn.Module | None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,11 @@ class Task(L.LightningModule):
         return BatchSampler(size, self.config.batch_size, seed, rank=rank, world_size=world_size)
 
     def _loader(self, images: Tensor, seed: int | None) -> DataLoader:
-        return DataLoader(TensorDataset(images), sampler=self._sampler(len(images), seed), batch_size=None)
+        # A generator of its own: making an iterator draws from it, at another moment in a run that is resumed.
+        own = torch.Generator()
+        return DataLoader(
+            TensorDataset(images), sampler=self._sampler(len(images), seed), batch_size=None, generator=own
+        )
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches."""
@@ -180,10 +185,12 @@ class Task(L.LightningModule):
         self._total, self._solves = torch.zeros((), device=self.device), []
         self._begin = time.perf_counter()
 
-    def training_step(self, batch: tuple[Tensor]) -> Tensor:
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """The -ELBO of a batch, binarised anew."""
         x = torch.bernoulli(batch[0])
-        loss = self.elbo(x, self.kl_weight) / len(x)
+        # Of the whole batch, as losses are averaged over processes whether or not they have as many images.
+        size = min(self.config.batch_size, len(self.images.train) - batch_idx * self.config.batch_size)
+        loss = self.elbo(x, self.kl_weight) * self.trainer.world_size / size
         self._total += loss.detach()
         if (solve := _last_solve(self.vae)) is not None:
             self._solves.append(solve)  # whose backward evaluations are yet to come
@@ -193,11 +200,17 @@ class Task(L.LightningModule):
         """Ends what counts as training time; the same random numbers judge every epoch."""
         self._seconds = time.perf_counter() - self._begin
         self._seed(1)
+        self._validation = torch.zeros(2, device=self.device)
 
     def validation_step(self, batch: tuple[Tensor]) -> None:
-        """The -ELBO of a batch."""
+        """Adds the -ELBO of a batch."""
         x = batch[0]
-        self.log("validation", self.elbo(x) / len(x), batch_size=len(x), sync_dist=True)
+        self._validation += torch.tensor([float(self.elbo(x)), len(x)], device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """The -ELBO of all images: Lightning's own mean over processes rounds their number."""
+        total, count = torch.as_tensor(self.all_gather(self._validation)).view(-1, 2).sum(0)
+        self.log("validation", total / count, sync_dist=True)
 
     def on_train_epoch_end(self) -> None:
         """Keeps what the epoch measured."""
@@ -245,6 +258,11 @@ class _Patience(EarlyStopping):
         super().__init__("validation", patience=patience)
         self._start = start
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning does not keep that a run that is resumed has been stopped.
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch >= self._start:
             super().on_train_epoch_end(trainer, pl_module)
@@ -282,9 +300,9 @@ def fit(config: Config, images: Images, folder: Path, **options: Any) -> Task:
     folder.mkdir(parents=True, exist_ok=True)
     callbacks: list[L.Callback] = [
         ModelCheckpoint(
-            folder, "best", monitor="validation", save_last=True, save_on_train_epoch_end=True,
-            enable_version_counter=False,
+            folder, "best", monitor="validation", save_on_train_epoch_end=True, enable_version_counter=False,
         ),
+        ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False),
     ]  # fmt: skip
     if config.patience:
         callbacks.append(_Patience(config.warmup, config.patience))
@@ -297,7 +315,8 @@ def fit(config: Config, images: Images, folder: Path, **options: Any) -> Task:
             logger=TensorBoardLogger(folder, name="", version="logs"), enable_model_summary=False,
             use_distributed_sampler=False, log_every_n_steps=1, default_root_dir=folder, **options,
         )  # fmt: skip
-        trainer.fit(task, ckpt_path=last if last.exists() else None)
+        with redirect_stdout(sys.stderr):  # its progress bar; what is printed is for the table
+            trainer.fit(task, ckpt_path=last if last.exists() else None)
     return task
 
 
@@ -339,7 +358,6 @@ def estimate(
     :param int seed: for the samples, and the choice of images.
     """
     flow, vae.flow = vae.flow, exact(vae.flow)
-    vae.eval()
     solves: list[int] = []
 
     def log_weights(x: Tensor, count: int) -> Tensor:
@@ -355,7 +373,8 @@ def estimate(
             elbo = torch.cat([log_weights(x, 1)[0] for x in _progress(images.split(chunk), "-ELBO")])
             counts = [min(chunk, num_samples - i) for i in range(0, num_samples, chunk)]
             likelihood = []
-            for x in _progress(images[choice].split(max(1, chunk // num_samples)), f"NLL, K = {num_samples}"):
+            batches = images[choice].split(max(1, chunk // num_samples)) if len(choice) else ()
+            for x in _progress(batches, f"NLL, K = {num_samples}"):
                 log_w = torch.cat([log_weights(x, count) for count in counts])
                 likelihood.append(log_w.logsumexp(0) - math.log(num_samples))
     finally:
