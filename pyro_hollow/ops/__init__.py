@@ -1,8 +1,22 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Derivatives as pure functions on tensors."""
+"""Derivatives and root finding as pure functions on tensors."""
 
-from .derivatives import HollowOperator, SplitJacobian, dimwise_derivatives, divergence, split_jacobian
+from .derivatives import HollowOperator, SplitJacobian, dimwise_derivatives, divergence, jacobian, split_jacobian
+from .roots import RootError, RootResult, attach, fixed_point, jacobi_newton, newton
 
-__all__ = ["HollowOperator", "SplitJacobian", "dimwise_derivatives", "divergence", "split_jacobian"]
+__all__ = [
+    "HollowOperator",
+    "RootError",
+    "RootResult",
+    "SplitJacobian",
+    "attach",
+    "dimwise_derivatives",
+    "divergence",
+    "fixed_point",
+    "jacobi_newton",
+    "jacobian",
+    "newton",
+    "split_jacobian",
+]

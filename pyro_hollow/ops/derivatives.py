@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["HollowOperator", "SplitJacobian", "dimwise_derivatives", "divergence", "split_jacobian"]
+__all__ = ["HollowOperator", "SplitJacobian", "dimwise_derivatives", "divergence", "jacobian", "split_jacobian"]
 
 Transformer = Callable[[Tensor, Tensor], Tensor]
 Conditioner = Callable[[Tensor], Tensor]
@@ -191,3 +191,29 @@ def split_jacobian(transformer: Transformer, conditioner: Conditioner, x: Tensor
     return SplitJacobian(
         dimwise_derivatives(transformer, x, conditioner(x), 1)[1], HollowOperator(transformer, conditioner, x)
     )
+
+
+def jacobian(function: Conditioner, x: Tensor) -> Tensor:
+    r"""
+    The dense Jacobian :math:`\partial f / \partial x` of any function of one sample at a time, by a batch of d backward
+    passes; a constant, without gradients of its own.
+
+    :param function: maps x with shape ``(*, d)`` to f with shape ``(*, d)``.
+    :param Tensor x: inputs with shape ``(*, d)``.
+    :returns: the matrices with shape ``(*, d, d)``.
+    :raises RuntimeError: in inference mode, where nothing can be differentiated.
+
+    Example usage:
+
+    >>> jacobian(lambda x: x.flip(-1) ** 2, torch.tensor([1.0, 2.0])).tolist()
+    [[0.0, 4.0], [2.0, 0.0]]
+    """
+    with torch.enable_grad():
+        alias = _alias(x.detach())
+        f = function(alias)
+        if not f.requires_grad:
+            return x.new_zeros(*x.shape, x.shape[-1])
+        basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        basis = basis.view(-1, *(1,) * (x.dim() - 1), x.shape[-1]).expand(-1, *x.shape)
+        (rows,) = torch.autograd.grad(f, alias, basis, is_grads_batched=True, allow_unused=True, materialize_grads=True)
+    return rows.movedim(0, -2)

@@ -1,0 +1,327 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""
+Root finding, sample by sample and differentiable: :math:`F(x) = 0` by
+
+- :func:`fixed_point`, :math:`x \leftarrow x - F(x)`;
+- :func:`jacobi_newton`, :math:`x \leftarrow x - F(x) / D F(x)`, elementwise, with the diagonal :math:`D F` of the
+  Jacobian, which a hollow function gives away;
+- :func:`newton`, :math:`x \leftarrow x - (\partial F / \partial x)^{-1} F(x)`.
+
+The first two converge linearly, at the spectral radius of :math:`I - \partial F / \partial x` and of
+:math:`I - D^{-1} \partial F / \partial x`: the latter wherever the diagonal dominates, and in one step of a linear
+function whose off-diagonal part is 0.
+
+A root depends on all that F depends on. Its gradients follow from the implicit function theorem,
+:math:`dx = -(\partial F / \partial x)^{-1} dF`, whatever path led to it; nothing is unrolled.
+
+References:
+
+[1] Ricky T. Q. Chen, David Duvenaud. Neural Networks with Cheap Differential Operators. [arXiv:1912.03579]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .derivatives import jacobian
+
+__all__ = ["RootError", "RootResult", "attach", "fixed_point", "jacobi_newton", "newton"]
+
+Residual = Callable[[Tensor], Tensor]
+ResidualWithDiagonal = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+#: A diagonal that has fallen below this part of its first value, or has changed its sign, is not divided by.
+_SAFE = 1e-2
+
+
+class RootError(RuntimeError):
+    """
+    A root that was not found. The message says in which sample, how far it was, and what to change.
+
+    :ivar result: what was found.
+    """
+
+    # Only the message is positional: pickle and Pyro's handlers make a copy of an error from its message alone.
+    def __init__(self, message: str, *, result: RootResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass(frozen=True)
+class RootResult:
+    """
+    Where an iteration has led.
+
+    :ivar value: the roots with shape ``(*, d)``; of a sample that has not converged, the last finite iterate.
+    :ivar iterations: of each sample, with shape ``(*,)``.
+    :ivar converged: whether each sample has converged.
+    :ivar rate: by what factor the last update of each sample was smaller than the one before; 0 if there was only one,
+        infinite if the sample could not be evaluated.
+    """
+
+    value: Tensor
+    iterations: Tensor
+    converged: Tensor
+    rate: Tensor
+
+
+def fixed_point(
+    residual: Residual,
+    x: Tensor,
+    *,
+    tolerance: float = 1e-8,
+    scale: Tensor | None = None,
+    max_iterations: int = 100,
+    max_rate: float = 1.0,
+    first_rate: Tensor | float = 0.5,
+    damping: float = 1.0,
+    throw: bool = True,
+) -> RootResult:
+    r"""
+    Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega F(x)`.
+
+    A sample has converged, and stops moving, when the root mean square of its error / scale is estimated to be below
+    the tolerance: with the rate :math:`\theta` at which its updates shrink, the error left is
+    :math:`\theta / (1 - \theta)` of the last one. It is given up when it is not finite, or has shrunk by less than
+    max_rate twice in a row.
+
+    :param residual: maps x with shape ``(*, d)`` to F with that shape, each sample by itself.
+    :param Tensor x: where to begin, with shape ``(*, d)``.
+    :param float tolerance: of the error, relative to the scale.
+    :param Tensor scale: what errors are relative to, of a shape that broadcasts to x's; 1 by default.
+    :param int max_iterations: the number of iterations after which a sample is given up.
+    :param float max_rate: the largest rate that counts as converging.
+    :param first_rate: the rate to assume when there is one update only, for each sample or for all.
+    :param float damping: :math:`\omega`, in (0, 1] to be safe.
+    :param bool throw: raise an error if any sample has not converged.
+    :returns: the roots, with gradients to all that F depends on, and how they were found.
+    :raises RootError: if a sample has not converged, unless throw is False.
+    :raises ValueError: for a tolerance, damping or number of iterations that is not positive.
+
+    Example usage:
+
+    >>> target = torch.tensor([[0.3], [0.5]])
+    >>> fixed_point(lambda x: x - target * x.cos(), torch.zeros(2, 1), tolerance=1e-6).converged.tolist()
+    [True, True]
+    """
+    result = _iterate(lambda x: -residual(x), x, tolerance, scale, max_iterations, max_rate, first_rate, damping)
+    return _finish(lambda x: (residual(x), torch.ones_like(x)), result, throw)
+
+
+def jacobi_newton(
+    residual: ResidualWithDiagonal,
+    x: Tensor,
+    *,
+    tolerance: float = 1e-8,
+    scale: Tensor | None = None,
+    max_iterations: int = 100,
+    max_rate: float = 1.0,
+    first_rate: Tensor | float = 0.5,
+    damping: float = 1.0,
+    throw: bool = True,
+) -> RootResult:
+    r"""
+    Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega F(x) / D F(x)`, elementwise.
+
+    Where the diagonal has changed its sign since the first iterate, or has all but vanished, the first one is taken in
+    its place; a sample in which it is 0 from the first is given up.
+
+    :param residual: maps x with shape ``(*, d)`` to F and the diagonal of its Jacobian, both with that shape.
+    :param Tensor x: where to begin, with shape ``(*, d)``; the other parameters are those of :func:`fixed_point`.
+
+    Example usage:
+
+    >>> a = torch.tensor([2.0, 3.0])
+    >>> jacobi_newton(lambda x: (x**2 - a, 2 * x), torch.ones(2), tolerance=1e-6).value
+    tensor([1.4142, 1.7321])
+    """
+    result = _iterate(_Jacobi(residual), x, tolerance, scale, max_iterations, max_rate, first_rate, damping)
+    return _finish(residual, result, throw)
+
+
+def newton(
+    residual: Residual,
+    x: Tensor,
+    *,
+    inverse: Callable[[Tensor], Tensor] | None = None,
+    tolerance: float = 1e-8,
+    scale: Tensor | None = None,
+    max_iterations: int = 100,
+    max_rate: float = 1.0,
+    first_rate: Tensor | float = 0.5,
+    damping: float = 1.0,
+    throw: bool = True,
+) -> RootResult:
+    r"""
+    Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega (\partial F / \partial x)^{-1} F(x)` with the dense
+    Jacobian of each sample.
+
+    :param residual: maps x with shape ``(*, d)`` to F with that shape, each sample by itself.
+    :param Tensor x: where to begin, with shape ``(*, d)``; the other parameters are those of :func:`fixed_point`.
+    :param inverse: maps F to the solution of a linear system with an approximate Jacobian that was factorised before;
+        None for the Jacobian of every iterate, by automatic differentiation.
+
+    Example usage:
+
+    >>> a = torch.tensor([[0.3, 0.5]])
+    >>> newton(lambda x: x * x.flip(-1).exp() - a, torch.zeros(1, 2), tolerance=1e-6).converged.tolist()
+    [True]
+    """
+
+    def update(x: Tensor) -> Tensor:
+        f = residual(x)
+        if inverse is not None:
+            return -inverse(f)
+        solution, info = torch.linalg.solve_ex(jacobian(residual, x), f.unsqueeze(-1))
+        return -solution.squeeze(-1).masked_fill(info.unsqueeze(-1) != 0, math.inf)
+
+    result = _iterate(update, x, tolerance, scale, max_iterations, max_rate, first_rate, damping)
+    return _finish(lambda x: (residual(x), None), result, throw)
+
+
+class _Jacobi:
+    """The update of Jacobi-Newton, which remembers the diagonal of the first iterate."""
+
+    def __init__(self, residual: ResidualWithDiagonal) -> None:
+        self._residual = residual
+        self._first: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        f, diagonal = self._residual(x)
+        if self._first is None:
+            self._first = diagonal
+        safe = torch.where(diagonal / self._first > _SAFE, diagonal, self._first)
+        return torch.where(safe.isfinite(), -f / safe, math.inf)  # which it also is where the first was 0
+
+
+def _iterate(
+    update: Callable[[Tensor], Tensor],
+    x: Tensor,
+    tolerance: float,
+    scale: Tensor | None,
+    max_iterations: int,
+    max_rate: float,
+    first_rate: Tensor | float,
+    damping: float,
+) -> RootResult:
+    for name, value in (("tolerance", tolerance), ("damping", damping), ("max_iterations", max_iterations)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, but got {value}")
+    with torch.no_grad():
+        return _iterate_samples(update, x.detach(), tolerance, scale, max_iterations, max_rate, first_rate, damping)
+
+
+def _iterate_samples(
+    update: Callable[[Tensor], Tensor],
+    x: Tensor,
+    tolerance: float,
+    scale: Tensor | None,
+    max_iterations: int,
+    max_rate: float,
+    first_rate: Tensor | float,
+    damping: float,
+) -> RootResult:
+    active = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    converged, slow = torch.zeros_like(active), torch.zeros_like(active)
+    iterations = torch.zeros_like(active, dtype=torch.long)
+    rate = x.new_zeros(active.shape)
+    last: Tensor | None = None
+    for _ in range(max_iterations):
+        dx = damping * update(x)
+        size, finest = _norm(dx, scale), 4 * torch.finfo(x.dtype).eps * _norm(x, scale)
+        finite = size.isfinite()
+        x = torch.where((active & finite).unsqueeze(-1), x + dx, x)
+        iterations += active
+        theta = (
+            torch.as_tensor(first_rate).to(size).expand_as(size)
+            if last is None
+            else torch.where(last > 0, size / last, 0.0)
+        )
+        left = torch.where(theta < 1, theta / (1 - theta), math.inf) * size
+        done = active & finite & ((left <= tolerance) | (size <= finest))
+        too_slow = torch.zeros_like(slow) if last is None else theta >= max_rate
+        if last is not None:
+            rate = torch.where(active, theta, rate)
+        rate = torch.where(active & ~finite, math.inf, rate)
+        converged |= done
+        active = active & finite & ~done & ~(slow & too_slow)
+        slow, last = too_slow, size
+        if not bool(active.any()):
+            break
+    return RootResult(x, iterations, converged, rate)
+
+
+def _norm(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Of each sample the root mean square."""
+    return (x if scale is None else x / scale).square().mean(-1).sqrt()
+
+
+def _finish(function: Callable[[Tensor], tuple[Tensor, Tensor | None]], result: RootResult, throw: bool) -> RootResult:
+    if throw and not bool(result.converged.all()):
+        failed = (~result.converged).nonzero()
+        sample = tuple(failed[0].tolist())
+        raise RootError(
+            f"{len(failed)} of {result.converged.numel()} samples have not converged, the first being {sample} after "
+            f"{int(result.iterations[sample])} iterations at a rate of {float(result.rate[sample]):.3g} (infinite: F "
+            "or its update is not finite, the Jacobian or its diagonal is singular; 1 or more: it diverges). Begin "
+            "closer to the root, raise max_iterations or tolerance, lower damping, or use newton",
+            result=result,
+        )
+    value = attach(function(result.value)[0], result.value, function) if torch.is_grad_enabled() else result.value
+    return RootResult(value, result.iterations, result.converged, result.rate)
+
+
+def attach(residual: Tensor, root: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> Tensor:
+    r"""
+    A root of F with its gradients to all that F depends on: the transposed system :math:`(\partial F / \partial x)^T v
+    = g` is solved in the backward pass, iteratively by its diagonal where that converges, otherwise densely.
+
+    :param Tensor residual: F at the root, attached to all that it depends on but the root.
+    :param Tensor root: the root with shape ``(*, d)``.
+    :param function: maps x to F, or what of it depends on x, and to the diagonal of its Jacobian or, for a dense solve,
+        None; it is called in the backward pass.
+    :returns: a tensor equal to the root; without gradients if the residual has none.
+    """
+    if not residual.requires_grad:
+        return root
+
+    def pull(gradient: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("gradients of a root cannot be differentiated again (create_graph=True)")
+        return _solve_transposed(function, root, gradient)
+
+    attached = root - (residual - residual.detach())
+    attached.register_hook(pull)
+    return attached
+
+
+def _solve_transposed(
+    function: Callable[[Tensor], tuple[Tensor, Tensor | None]], root: Tensor, gradient: Tensor
+) -> Tensor:
+    with torch.enable_grad():
+        x = root.detach().requires_grad_()
+        f, diagonal = function(x)
+    if diagonal is not None:
+        diagonal = diagonal.detach()
+        small = torch.finfo(x.dtype).eps ** (2 / 3) * _norm(gradient, None)
+        v, last = gradient / diagonal, math.inf
+        for _ in range(100):
+            (product,) = torch.autograd.grad(f, x, v, retain_graph=True)
+            rest = gradient - product
+            size = _norm(rest, None)
+            if bool((size <= small).all()):
+                return v
+            # The largest over samples may pause while samples take turns, but not grow.
+            worst = float((size / small).max())
+            if not worst < last:
+                break
+            v, last = v + rest / diagonal, worst
+    dense = jacobian(lambda x: function(x)[0], root)
+    return torch.linalg.solve(dense.mT, gradient.unsqueeze(-1)).squeeze(-1)
