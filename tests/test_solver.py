@@ -69,6 +69,10 @@ ACCURACY = {
     "explicit_adams": (fixed("explicit_adams", 0.02, max_order=4), 1e-4),
     "implicit_adams": (fixed("implicit_adams", 0.02, max_iters=20), 1e-6),
     "scipy_solver": (Solver("scipy_solver", 1e-8, 1e-8), 1e-6),
+    "adams_moulton": (Solver("adams_moulton", 1e-6, 1e-6), 1e-4),
+    "bdf": (Solver("bdf", 1e-6, 1e-6), 1e-4),
+    "kencarp4": (Solver("kencarp4", 1e-7, 1e-7), 1e-5),
+    "kvaerno3": (Solver("kvaerno3", 1e-6, 1e-6), 1e-4),
 }
 
 

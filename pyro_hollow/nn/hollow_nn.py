@@ -57,6 +57,17 @@ class HollowField:
         dx, diagonal = self.dimwise_derivatives(t, x, 1)
         return dx, diagonal.sum(-1)
 
+    def with_diagonal(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""
+        What the Jacobi-Newton iteration of an implicit :class:`~pyro_hollow.ode.Solver` asks for.
+
+        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
+        :param Tensor x: the state with shape ``(*, d)``.
+        :returns: :math:`f(t, x)` and :math:`\partial f_i / \partial x_i`, both with shape ``(*, d)``.
+        """
+        dx, diagonal = self.dimwise_derivatives(t, x, 1)
+        return dx, diagonal
+
     def dimwise_derivatives(self, t: Tensor, x: Tensor, order: int) -> tuple[Tensor, ...]:
         r"""
         The dimension-wise derivatives :math:`D^k f = (\partial^k f_1 / \partial x_1^k, \dots, \partial^k f_d /

@@ -49,13 +49,20 @@ class SolverStats:
     :ivar nfe: evaluations of the vector field in the forward solve.
     :ivar accepted: accepted steps.
     :ivar rejected: rejected steps; 0 for methods of fixed step.
-    :ivar nfe_backward: evaluations in the backward solve of the adjoint method, so far.
+    :ivar nfe_backward: evaluations in the backward solve of the adjoint method, so far; of implicit methods, in any
+        backward pass.
+    :ivar diagonals: evaluations, among all of them, that also gave the diagonal of the Jacobian.
+    :ivar jacobians: dense Jacobians of implicit methods, by d backward passes each.
+    :ivar fallbacks: equations that dense Newton had to solve for Jacobi-Newton.
     """
 
     nfe: int = 0
     accepted: int = 0
     rejected: int = 0
     nfe_backward: int = 0
+    diagonals: int = 0
+    jacobians: int = 0
+    fallbacks: int = 0
 
 
 #: What can go wrong: a word in torchdiffeq's message to what we say and advise.
@@ -82,6 +89,19 @@ _FAILURES = {
     "Functional iteration": (
         "the corrector of implicit_adams did not converge",
         "Take smaller steps: lower options['step_size'], or raise options['max_iters'].",
+    ),
+    "corrector": (
+        "the corrector of an implicit method does not converge, however short the step",
+        "The field may be discontinuous or have a singularity: check it, raise options['max_iterations'], raise rtol "
+        "and atol, or use float64.",
+    ),
+    "diagonal": (
+        "diagonal of the Jacobian is not finite where the field is",
+        "Check the field's with_diagonal, or set options['corrector'] to 'newton' or 'fixed-point'.",
+    ),
+    "tolerance": (
+        "tolerances are finer than the numbers of the state",
+        "Raise rtol (float32 resolves about 1e-6, float64 about 1e-15) or atol, or use float64.",
     ),
     "scipy": (
         "scipy's solver did not reach the end",
@@ -117,10 +137,14 @@ class Monitor:
         self._backward = False
 
     def __call__(self, t: Tensor, state: Any) -> State:
+        return self.evaluate(self.field, t, state)
+
+    def evaluate(self, function: Callable[[Tensor, Any], Any], t: Tensor, state: Any) -> Any:
+        """Any function of time and state in place of the field, at the price of one evaluation."""
         if self.solver.adaptive:  # they look for a first step of any length
             t = t.clamp(*self._interval)
         try:
-            derivative = self.field(t, state)
+            derivative = function(t, state)
         except Exception:
             self.field_failed = True
             raise

@@ -16,7 +16,8 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from . import runge_kutta
+from . import implicit, runge_kutta
+from .implicit_methods import METHODS as IMPLICIT_METHODS
 from .monitor import Monitor, SolverError, SolverStats, StepMonitor, are_finite, parts
 
 __all__ = ["METHODS", "Solution", "Solver", "SolverError", "SolverStats"]
@@ -41,6 +42,7 @@ METHODS: dict[str, frozenset[str]] = {
     **dict.fromkeys(_FIXED, _FIXED_OPTIONS),
     **dict.fromkeys(_ADAMS, _ADAMS_OPTIONS),
     "scipy_solver": frozenset({"solver", "min_step", "max_step"}),
+    **{name: implicit.names_of_options(name) for name in IMPLICIT_METHODS},
 }
 
 
@@ -60,7 +62,7 @@ class Solution:
 @dataclass(frozen=True)
 class Solver:
     r"""
-    How to integrate :math:`dx/dt = f(t, x)`: a method of torchdiffeq and its settings.
+    How to integrate :math:`dx/dt = f(t, x)`: a method, of torchdiffeq or implicit, and its settings.
 
     Adaptive methods ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun") choose their steps such that for every
     sample of the batch the root mean square of error / (atol + rtol \|x\|) stays below 1 in each part of the state (an
@@ -70,10 +72,22 @@ class Solver:
     options["max_order"], by default 4. "scipy_solver" is
     :func:`scipy.integrate.solve_ivp`, which knows no gradients except with ``adjoint=True``.
 
+    Stiff equations, whose fastest decay forces explicit methods to tiny steps, are for implicit methods: "kencarp4" and
+    "kvaerno3" (ESDIRK, L-stable, orders 4 and 3), "bdf" (variable order up to 5) and "adams_moulton" (variable order,
+    of which 1 and 2 alone stand stiffness). options["corrector"] says how their equations are solved: "jacobi-newton"
+    by the diagonal of the Jacobian, for fields with a method ``with_diagonal(t, x) -> (dx, diagonal)`` as those of
+    hollow networks, where it is the default; "newton" by the dense Jacobian; or "fixed-point". Jacobi-Newton converges
+    where the diagonal dominates; where it does not, dense Newton takes over, and the statistics count it. Further
+    options are "first_step", "max_iterations" of the corrector and, for the last two methods, "max_order". Where a
+    tuple is integrated and the field's attribute ``state_field`` is a field for the first part alone, the other parts
+    are integrals along it and are left out of the root finding, as is the log-determinant of a flow.
+
     Gradients come by backpropagation through the solver's operations; or with ``adjoint=True`` by solving the adjoint
     equation backward ("implicit_adams" is followed by "rk4" there), which needs no memory for intermediate states, but
     more evaluations, is accurate to solver tolerance only, and cannot be differentiated again. Both reach the initial
-    state and ``field.tensors``.
+    state and ``field.tensors``. The steps of an implicit method are replayed with gradients, each of its equations
+    being differentiated by the implicit function theorem; with ``adjoint=True`` one at a time in the backward pass,
+    from the stored states, for the same gradients in less memory. Neither can be differentiated again.
 
     A field that has a tape, as a Hollow-CNF with grouped conditioner has for "dopri5", "bosh3" and the first five
     methods of fixed step, is solved without torchdiffeq and differentiated by hand: to the same tolerances and with the
@@ -83,7 +97,7 @@ class Solver:
     :param str method: a name in :data:`METHODS`.
     :param float rtol: relative tolerance of adaptive methods.
     :param float atol: absolute tolerance of adaptive methods.
-    :param options: further options of the method, by name, as in torchdiffeq.
+    :param options: further options of the method, by name; those of torchdiffeq's methods as there.
     :param bool adjoint: gradients by the adjoint method.
     :param int max_nfe: the number of evaluations, forward and again backward, beyond which a solve is given up.
     :raises ValueError: for unknown methods and options, and for tolerances that are not positive.
@@ -94,6 +108,13 @@ class Solver:
 
     [2] Patrick Kidger, Ricky T. Q. Chen, Terry Lyons. "Hey, that's not an ODE": Faster ODE Adjoints via Seminorms.
     [arXiv:2009.09457]
+
+    [3] Anne Kvaerno. Singly Diagonally Implicit Runge-Kutta Methods with an Explicit First Stage. BIT, 2004.
+
+    [4] Christopher A. Kennedy, Mark H. Carpenter. Additive Runge-Kutta Schemes for Convection-Diffusion-Reaction
+    Equations. Applied Numerical Mathematics, 2003.
+
+    [5] Lawrence F. Shampine, Mark W. Reichelt. The MATLAB ODE Suite. SIAM Journal on Scientific Computing, 1997.
     """
 
     method: str = "dopri5"
@@ -121,11 +142,13 @@ class Solver:
         step_size = self.options.get("step_size", 1.0)
         if not step_size > 0:
             raise ValueError(f"options['step_size'] must be positive, but got {step_size}")
+        if self.method in IMPLICIT_METHODS:
+            implicit.check_options(self.method, self.options)
 
     @property
     def adaptive(self) -> bool:
         """Whether the method chooses its steps by itself."""
-        return self.method in _ADAPTIVE
+        return self.method in _ADAPTIVE or self.method in IMPLICIT_METHODS
 
     def integrate(self, field: VectorField, state: AnyState, t0: float, t1: float) -> Solution:
         r"""
@@ -154,13 +177,17 @@ class Solver:
                 "those of the example. Use a method of fixed step, for example Solver('rk4')."
             )
         tensors = self._check_gradients(field, state)
-        if (end := self._by_tape(field, state, times, stats)) is not None:
-            return Solution(end, stats)
-        watch = Monitor if self.method == "scipy_solver" else StepMonitor
+        if (taped := self._by_tape(field, state, times, stats)) is not None:
+            return Solution(taped, stats)
+        own = self.method in IMPLICIT_METHODS
+        watch = Monitor if own or self.method == "scipy_solver" else StepMonitor
         monitor = watch(field, self, stats, first.shape[:-1], (t0, t1))
         times = times.to(first.device)
         try:
-            end = self._odeint(monitor, state, times, tensors)
+            if own:
+                end: State = implicit.integrate(monitor, state, float(t0), float(t1), tensors)
+            else:
+                end = self._odeint(monitor, state, times, tensors)
         except Exception as error:
             # torchdiffeq asserts and warns; a failed solve of scipy is too short, which torchdiffeq does not expect.
             known = isinstance(error, (AssertionError, UserWarning)) or self.method == "scipy_solver"

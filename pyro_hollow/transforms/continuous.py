@@ -55,6 +55,8 @@ class _Augmented:
         self._field = field
         #: Makes a tape for the solver, where the field has one.
         self.tape = getattr(field, "tape", lambda batch_shape: None)
+        #: The dynamics of the state alone, of which the rest is an integral, where the field can be called for them.
+        self.state_field = field if callable(field) else None
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return self._field.with_divergence(t, state[0])
@@ -62,6 +64,10 @@ class _Augmented:
 
 class _Scored(_Augmented):
     """The dynamics of (state, log-determinant, score), the last without gradients."""
+
+    def __init__(self, field: Field) -> None:
+        super().__init__(field)
+        self.state_field = None  # the score is no integral: its slope depends on itself
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, score = state[0], state[2].detach()

@@ -65,7 +65,7 @@ class _Regularized:
 
     def __init__(self, field: HollowField, probe: Tensor) -> None:
         self.tensors = field.tensors
-        self._field = field
+        self.state_field = self._field = field
         self._probe = probe
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
