@@ -312,12 +312,12 @@ def draw(title: str, runs: Runs, path: Path) -> None:
     plt = pyplot()
     panels = {"evaluations": "evaluations", "diagonals": "evaluations with diagonal", "seconds": "processor time [s]"}
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.5), sharey=True, layout="constrained")
-    colors: dict[str, tuple[str, str]] = {}
+    styles: dict[str, tuple[str, str]] = {}  # one for each of our methods and of SciPy's
     lines = {"fixed": ":", "jacobi": "-", "newton": "--"}
-    for solver, color, marker in zip(runs, cycle(f"C{i}" for i in range(10)), cycle("osD^vP"), strict=False):
+    for solver in runs:
         family, _, corrector = solver.partition("-")
-        key = solver if family == "scipy" else family
-        color, marker = colors.setdefault(key, (color, marker))
+        number = len(styles)
+        color, marker = styles.setdefault(solver if family == "scipy" else family, (f"C{number}", "osD^vP*X"[number]))
         done = [r for r in runs[solver] if not r.failure]
         for axis, attribute in zip(axes, panels, strict=True):
             pairs = [(getattr(r, attribute), max(r.error, 1e-14)) for r in done if getattr(r, attribute) > 0]

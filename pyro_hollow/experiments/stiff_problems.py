@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pyro_hollow.nn import HollowNN
+from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 
 __all__ = ["PROBLEMS", "Problem", "follow_stiff_field", "linear", "load"]
 
@@ -168,7 +168,7 @@ def reaction_diffusion(points: int = 100) -> Problem:
     )
 
 
-def follow_stiff_field(net: HollowNN, steps: int) -> Iterator[float]:
+def follow_stiff_field(net: ConditionalHollowNN, steps: int) -> Iterator[float]:
     """
     Trains a hollow network to follow :math:`x_i' = -r_i (x_i - \\sin x_{i+1})` with rates from 1 to 1000, where the
     samples of a standard normal distribution are and a little beyond.
