@@ -355,7 +355,7 @@ def gradients(flow, x, *context):
 
 @pytest.mark.parametrize("adjoint", (False, True), ids=("direct", "adjoint"))
 @pytest.mark.parametrize("corrector", ("jacobi-newton", "newton", "fixed-point", "rotated"))
-@pytest.mark.parametrize("method", ("adams_moulton", "bdf", "kencarp4"))
+@pytest.mark.parametrize("method", ("adams_moulton", "bdf"))
 def test_gradients_are_those_of_a_tight_explicit_solve(method, corrector, adjoint):
     flow = ConditionalHollowCNF(ConditionalHollowNN(3, 2, [8]), cache_size=0)
     for parameter in flow.parameters():
@@ -364,7 +364,7 @@ def test_gradients_are_those_of_a_tight_explicit_solve(method, corrector, adjoin
     flow.solver = Solver(rtol=1e-11, atol=1e-11)
     value, expected = gradients(flow, x, context)
     corrector = "jacobi-newton" if corrector == "rotated" else corrector
-    flow.solver = implicit(method, 1e-9, corrector, adjoint=adjoint)
+    flow.solver = implicit(method, 1e-8, corrector, adjoint=adjoint)
     actual_value, actual = gradients(flow, x, context)
     stats = flow.last_solve
     assert abs(actual_value - value) < 1e-5
@@ -410,7 +410,7 @@ class Decay(nn.Module):
 @pytest.mark.parametrize("adjoint", (False, True), ids=("direct", "adjoint"))
 def test_a_module_is_a_field_with_its_parameters(adjoint):
     field = Decay()
-    end = implicit("kencarp4", 1e-8, adjoint=adjoint).integrate(field, torch.zeros(2, 1), 0.0, 1.0).state
+    end = implicit("bdf", 1e-8, adjoint=adjoint).integrate(field, torch.zeros(2, 1), 0.0, 1.0).state
     (actual,) = torch.autograd.grad(end.sum(), field.rate)
     tight = Solver(rtol=1e-11, atol=1e-11).integrate(field, torch.zeros(2, 1), 0.0, 1.0).state
     torch.testing.assert_close(actual, torch.autograd.grad(tight.sum(), field.rate)[0], rtol=1e-5, atol=1e-8)
