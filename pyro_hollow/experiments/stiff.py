@@ -326,6 +326,7 @@ def draw(title: str, runs: Runs, path: Path) -> None:
                 axis.loglog(*zip(*pairs, strict=True), line, marker=marker, markersize=4, color=color, label=solver)
     for axis, label in zip(axes, panels.values(), strict=True):
         axis.set(xlabel=label)
+        axis.xaxis.set_minor_formatter(plt.NullFormatter())  # its labels would overlap within a decade
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative error at the end")
     figure.suptitle(title)
