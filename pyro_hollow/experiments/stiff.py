@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp  # type: ignore[import-untyped]
+from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm.auto import tqdm
 
