@@ -14,6 +14,7 @@ import pyro_hollow
 import pyro_hollow.nn
 import pyro_hollow.ode
 import pyro_hollow.ops
+import pyro_hollow.sde
 import pyro_hollow.transforms
 
 # The experiments have dependencies of their own.
@@ -23,7 +24,9 @@ MODULES = [
     if not info.name.startswith("pyro_hollow.experiments")
 ]
 NAMES = {"torch": torch, "pyro": pyro, "dist": pyro.distributions}
-for module in (pyro_hollow.nn, pyro_hollow.ops, pyro_hollow.ode, pyro_hollow.transforms, pyro_hollow):
+for module in (
+    pyro_hollow.nn, pyro_hollow.ops, pyro_hollow.ode, pyro_hollow.transforms, pyro_hollow.sde, pyro_hollow
+):  # fmt: skip
     NAMES |= {name: getattr(module, name) for name in module.__all__}
 
 

@@ -4,19 +4,24 @@
 """Derivatives and root finding as pure functions on tensors."""
 
 from .derivatives import HollowOperator, SplitJacobian, dimwise_derivatives, divergence, jacobian, split_jacobian
+from .operators import DimwiseField, differential_operator, field_derivatives, time_derivative
 from .roots import RootError, RootResult, attach, fixed_point, jacobi_newton, newton
 
 __all__ = [
+    "DimwiseField",
     "HollowOperator",
     "RootError",
     "RootResult",
     "SplitJacobian",
     "attach",
+    "differential_operator",
     "dimwise_derivatives",
     "divergence",
+    "field_derivatives",
     "fixed_point",
     "jacobi_newton",
     "jacobian",
     "newton",
     "split_jacobian",
+    "time_derivative",
 ]

@@ -1,0 +1,242 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""
+Learning a stochastic differential equation from samples of its marginals, by matching the Fokker-Planck equation
+
+    :math:`\partial_t p = \sum_{i=1}^d \left[ -\partial_i (f_i p) + \tfrac{1}{2} \partial_i^2 (g_i^2 p) \right].`
+
+Every term is a dimension-wise derivative. Expanded, with :math:`\ell = \log p` and :math:`s = \nabla \ell`,
+
+    :math:`\partial_t \ell = \sum_{i=1}^d \left[ -\partial_i f_i - f_i s_i + (\partial_i g_i)^2 + g_i \partial_i^2 g_i +
+    2 g_i (\partial_i g_i) s_i + \tfrac{1}{2} g_i^2 (\partial_i s_i + s_i^2) \right],`
+
+and :math:`\partial_t p` is p times that. (An expansion that is in circulation has :math:`\partial_i^2 g_i` and
+:math:`2 (\partial_i g_i) s_i` for the third to fifth terms. It is wrong unless g is constant.)
+
+**What can be learned.** The marginals do not determine the equation. For any g > 0 there is a drift with the same
+marginals, :math:`f_i = v_i + g_i \, \partial_i g_i + \frac{1}{2} g_i^2 s_i`, where v is the velocity of the probability
+flow; and in two dimensions or more v may be joined by any field u with :math:`\nabla \cdot (p u) = 0`, such as a
+rotation of an isotropic density. Judge what was learned by its simulated marginals. The drift is determined where g is
+known and, in two dimensions or more, the drift is known to be a gradient.
+
+References:
+
+[1] Ricky T. Q. Chen, David Duvenaud. Neural Networks with Cheap Differential Operators. [arXiv:1912.03579]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .densities import DensityDerivatives, LogDensity, TimeDensity, log_density_derivatives
+from .diagonal_sde import BoundSDE, DiagonalSDE
+
+__all__ = ["FokkerPlanckMatching", "MatchingLoss", "fit", "fokker_planck_rhs", "probability_flow"]
+
+SDE = DiagonalSDE | BoundSDE
+
+
+def _bind(sde: SDE) -> BoundSDE:
+    return sde.bind() if isinstance(sde, DiagonalSDE) else sde
+
+
+def fokker_planck_rhs(density: TimeDensity | LogDensity, sde: SDE, t: Tensor, x: Tensor, form: str = "log") -> Tensor:
+    r"""
+    What the Fokker-Planck equation says that a density of x changes by, where x obeys the stochastic differential
+    equation: :math:`\partial_t \ell` or :math:`\partial_t p`.
+
+    :param density: a density with the method ``derivatives``, or a function of t and x that returns the log-density
+        with shape ``(*,)``; see :func:`~pyro_hollow.sde.log_density_derivatives` for the cost.
+    :param sde: the stochastic differential equation.
+    :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
+    :param Tensor x: positions with shape ``(*, d)``.
+    :param str form: "log" for the rate of the log-density, which stays informative where the density is small, or
+        "density" for that of the density.
+    :returns: the rate, per time, with shape ``(*,)``.
+    :raises ValueError: for another form.
+    """
+    if form not in ("log", "density"):
+        raise ValueError(f"form must be 'log' or 'density', but got {form!r}")
+    derivatives = log_density_derivatives(density, t, x)
+    rate = _log_rhs(derivatives, _bind(sde), t, x)
+    return rate if form == "log" else derivatives.log_prob.exp() * rate
+
+
+def _log_rhs(density: DensityDerivatives, sde: BoundSDE, t: Tensor, x: Tensor) -> Tensor:
+    f, df = sde.drift_derivatives(t, x)
+    g, dg, d2g = sde.diffusion_derivatives(t, x)
+    s, ds = density.score, density.curvature
+    drift = -df - f * s
+    diffusion = dg.square() + g * d2g + 2 * g * dg * s + 0.5 * g.square() * (ds + s.square())
+    return (drift + diffusion).sum(-1)
+
+
+def probability_flow(score: Callable[[Tensor, Tensor], Tensor], sde: SDE) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""
+    The vector field of the ordinary differential equation that has the marginals of the stochastic one,
+
+        :math:`v_i = f_i - \tfrac{1}{2} \partial_i (g_i^2) - \tfrac{1}{2} g_i^2 s_i, \qquad s = \nabla \log p.`
+
+    :class:`~pyro_hollow.ode.Solver` integrates it, as it does any function of t and x.
+
+    :param score: maps t and x with shape ``(*, d)`` to s with shape ``(*, d)``; of a density with the method
+        ``derivatives``, ``lambda t, x: density.derivatives(t, x).score``.
+    :param sde: the stochastic differential equation, with its parameters as they are now.
+    :returns: the function v of t and x.
+
+    References:
+
+    [1] Yang Song, Jascha Sohl-Dickstein, Diederik P. Kingma, Abhishek Kumar, Stefano Ermon, Ben Poole.
+    Score-Based Generative Modeling through Stochastic Differential Equations. [arXiv:2011.13456]
+    """
+    bound = _bind(sde)
+
+    def velocity(t: Tensor, x: Tensor) -> Tensor:
+        g, dg = bound.diffusion_derivatives(t, x, 1)
+        return bound.drift(t, x) - g * dg - 0.5 * g.square() * score(t, x)
+
+    return velocity
+
+
+class MatchingLoss(NamedTuple):
+    """
+    The value of the objective and its parts, each a scalar.
+
+    :ivar total: nll + weight * residual.
+    :ivar nll: the negative mean log-density of the data.
+    :ivar residual: the mean squared residual of the Fokker-Planck equation, per time squared.
+    """
+
+    total: Tensor
+    nll: Tensor
+    residual: Tensor
+
+
+class FokkerPlanckMatching(nn.Module):
+    r"""
+    The objective that learns a density and a stochastic differential equation together, from samples of x at several
+    times and without solving anything:
+
+        :math:`-\mathbb{E}_\text{data} \log p(t, x) + \lambda \, \mathbb{E}\left[ (\partial_t \log p - R)^2 \right],`
+
+    where R is the right-hand side of :func:`fokker_planck_rhs`. The density is fitted by maximum likelihood, and the
+    mean square of the residual ties the equation to it. The square is smooth, and its mean under p is the squared
+    length of the error of :math:`\partial_t p` in the Fisher-Rao metric. As the density is normalised, p = 0 is no
+    solution.
+
+    Where the residual is taken decides where the equation is learned:
+
+    - "data": at the samples; nothing is asked at times between those of the data.
+    - "proposal": at times drawn uniformly from the data's range and positions drawn from the learned density (whose
+      method ``sample`` they come from), spread by Gaussian noise.
+    - "both": half of the terms each.
+
+    Example usage:
+
+    >>> density = GaussianMixtureMarginals(2, num_components=4, interval=(0., 1.))
+    >>> matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(2), HollowNN(2)))
+    >>> matching(torch.rand(100), torch.randn(100, 2)).total.backward()
+
+    :param density: a module with the methods ``log_prob``, ``derivatives`` and, for a proposal, ``sample``, such as
+        :class:`~pyro_hollow.sde.GaussianMixtureMarginals`.
+    :param sde: the stochastic differential equation.
+    :param float weight: :math:`\lambda`, in units of time squared.
+    :param str where: "data", "proposal" or "both".
+    :param float broadening: the standard deviation of the proposal's noise, in standard deviations of the data.
+    :raises ValueError: for a weight or broadening that is negative and an unknown place.
+    """
+
+    def __init__(
+        self,
+        density: nn.Module,
+        sde: DiagonalSDE,
+        *,
+        weight: float = 1.0,
+        where: str = "both",
+        broadening: float = 0.3,
+    ) -> None:
+        super().__init__()
+        if where not in ("data", "proposal", "both"):
+            raise ValueError(f"where must be 'data', 'proposal' or 'both', but got {where!r}")
+        for name, value in (("weight", weight), ("broadening", broadening)):
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, but got {value}")
+        self.density: Any = density  # nn.Module would hide the types of the methods
+        self.sde: DiagonalSDE = sde
+        self.weight = weight
+        self.where = where
+        self.broadening = broadening
+
+    def forward(self, t: Tensor, x: Tensor) -> MatchingLoss:
+        """
+        :param Tensor t: the times of the samples, with shape ``(n,)``.
+        :param Tensor x: the samples with shape ``(n, d)``.
+        :raises ValueError: for other shapes.
+        """
+        if x.dim() != 2 or t.shape != x.shape[:1]:
+            raise ValueError(f"t and x must have shapes (n,) and (n, d), but got {tuple(t.shape)} and {tuple(x.shape)}")
+        nll, residuals = None, []
+        sde = self.sde.bind()
+        if self.where in ("data", "both"):
+            at_data = self.density.derivatives(t, x)
+            nll = -at_data.log_prob.mean()
+            residuals.append(at_data.rate - _log_rhs(at_data, sde, t, x))
+        else:
+            nll = -self.density.log_prob(t, x).mean()
+        if self.where in ("proposal", "both"):
+            times, points = self._propose(t, x)
+            proposed = self.density.derivatives(times, points)
+            residuals.append(proposed.rate - _log_rhs(proposed, sde, times, points))
+        residual = torch.cat(residuals).square().mean()
+        return MatchingLoss(nll + self.weight * residual, nll, residual)
+
+    @torch.no_grad()
+    def _propose(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        start, end = t.min(), t.max()
+        times = start + (end - start) * torch.rand_like(t)
+        points = self.density.sample(times)
+        return times, points + self.broadening * x.std(0) * torch.randn_like(points)
+
+
+def fit(
+    matching: FokkerPlanckMatching,
+    t: Tensor,
+    x: Tensor,
+    *,
+    steps: int,
+    batch_size: int = 256,
+    lr: float = 1e-2,
+    progress: Callable[[int, MatchingLoss], None] | None = None,
+) -> None:
+    """
+    Trains by Adam on random batches, with clipped gradients and a learning rate that falls along half a cosine. To
+    train otherwise, minimise the objective's ``total`` with an optimiser of your own.
+
+    :param matching: the objective, whose density and equation are trained.
+    :param Tensor t: the times of the samples, with shape ``(n,)``.
+    :param Tensor x: the samples with shape ``(n, d)``.
+    :param int steps: the number of steps.
+    :param int batch_size: the samples of a step.
+    :param float lr: the learning rate at the start.
+    :param progress: called after each step with its number, from 1, and the loss before it.
+    :raises ArithmeticError: if the loss is not finite.
+    """
+    optimizer = torch.optim.Adam(matching.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(1, steps + 1):
+        index = torch.randint(len(x), (batch_size,), device=x.device)
+        loss = matching(t[index], x[index])
+        if not bool(torch.isfinite(loss.total)):
+            raise ArithmeticError(f"the loss is {loss.total.item()} in step {step}; a smaller lr than {lr} may help")
+        optimizer.zero_grad()
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(matching.parameters(), 10.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, loss)
