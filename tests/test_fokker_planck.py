@@ -1,0 +1,315 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from pyro_hollow import Solver
+from pyro_hollow.nn import HollowNN
+from pyro_hollow.sde import (
+    DiagonalSDE,
+    FokkerPlanckMatching,
+    GaussianMixtureMarginals,
+    fit,
+    fokker_planck_rhs,
+    log_density_derivatives,
+    probability_flow,
+)
+
+
+class OrnsteinUhlenbeck:
+    r""":math:`dx = -\theta \odot x \, dt + \sigma \odot dW` from a Gaussian, whose marginals stay Gaussian."""
+
+    start_mean, start_var = 1.0, 0.2
+
+    def __init__(self, d):
+        self.theta, self.sigma = torch.linspace(0.5, 2.0, d), torch.linspace(0.3, 1.0, d)
+        self.sde = DiagonalSDE(lambda t, x: -self.theta * x, lambda t, x: self.sigma.expand_as(x))
+
+    def moments(self, t):
+        decay = (-self.theta * t.unsqueeze(-1)).exp()
+        stationary = self.sigma**2 / (2 * self.theta)
+        return self.start_mean * decay, stationary + (self.start_var - stationary) * decay**2
+
+    def log_prob(self, t, x):
+        mean, var = self.moments(t)
+        return -0.5 * ((x - mean) ** 2 / var + (2 * math.pi * var).log()).sum(-1)
+
+    def score(self, t, x):
+        mean, var = self.moments(t)
+        return (mean - x) / var
+
+    def rate(self, t, x):
+        """Of the log-density, from the rates of mean and variance."""
+        mean, var = self.moments(t)
+        d_mean, d_var = -self.theta * mean, self.sigma**2 - 2 * self.theta * var
+        z = x - mean
+        return (z * d_mean / var + 0.5 * d_var / var * (z**2 / var - 1)).sum(-1)
+
+    def sample(self, t, d):
+        mean, var = self.moments(t)
+        return mean + var.sqrt() * torch.randn(*t.shape, d)
+
+
+class GeometricBrownianMotion:
+    """dx = mu x dt + sigma x dW from 1 at time 0: log-normal."""
+
+    mu, sigma = 0.1, 0.5
+
+    def __init__(self, d):
+        self.sde = DiagonalSDE(lambda t, x: self.mu * x, lambda t, x: self.sigma * x)
+
+    def _standard(self, t, x):
+        t = t.unsqueeze(-1)
+        return t, (x.log() - (self.mu - self.sigma**2 / 2) * t) / (self.sigma * t.sqrt())
+
+    def log_prob(self, t, x):
+        t, z = self._standard(t, x)
+        return (-0.5 * z**2 - (x * self.sigma * (2 * math.pi * t).sqrt()).log()).sum(-1)
+
+    def rate(self, t, x):
+        t, z = self._standard(t, x)
+        dz = -(self.mu - self.sigma**2 / 2) / (self.sigma * t.sqrt()) - z / (2 * t)
+        return (-z * dz - 0.5 / t).sum(-1)
+
+    def sample(self, t, d):
+        return (
+            (self.mu - self.sigma**2 / 2) * t[:, None] + self.sigma * t[:, None].sqrt() * torch.randn(len(t), d)
+        ).exp()
+
+
+PROCESSES = {"OU": OrnsteinUhlenbeck, "GBM": GeometricBrownianMotion}
+each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+each_form = pytest.mark.parametrize("form", ["log", "density"])
+
+
+@each_process
+@each_form
+@pytest.mark.parametrize("d", [1, 2, 10])
+def test_closed_forms(process, form, d):
+    process, t = process(d), 0.5 + torch.rand(20)
+    x = process.sample(t, d)
+    expected = process.rate(t, x) * (1 if form == "log" else process.log_prob(t, x).exp())
+    value = fokker_planck_rhs(process.log_prob, process.sde, t, x, form)
+    assert_close(value, expected, rtol=1e-8, atol=1e-8)
+    assert expected.abs().max() > 1e-4
+    assert_close(log_density_derivatives(process.log_prob, t, x).rate, process.rate(t, x), rtol=1e-8, atol=1e-8)
+
+
+@each_process
+def test_single_precision(process):
+    process, t = process(2), 0.5 + torch.rand(20)
+    x = process.sample(t, 2)
+    expected = fokker_planck_rhs(process.log_prob, process.sde, t, x)
+    for name in ("theta", "sigma"):
+        if isinstance(getattr(process, name, None), torch.Tensor):
+            setattr(process, name, getattr(process, name).float())
+    value = fokker_planck_rhs(process.log_prob, process.sde, t.float(), x.float())
+    assert value.dtype == torch.float32
+    assert_close(value, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def slides_rhs(density, sde, t, x):
+    """The expansion of the slides, divided by p: in the terms of D^2 g and 2 D g a factor g is missing, and (D g)^2."""
+    _, _, s, ds = log_density_derivatives(density, t, x)
+    f, df = sde.bind().drift_derivatives(t, x)
+    g, dg, d2g = sde.bind().diffusion_derivatives(t, x)
+    return (-df - f * s + d2g + 2 * dg * s + 0.5 * g**2 * (ds + s**2)).sum(-1)
+
+
+def test_expansion_of_the_slides_fails():
+    process = GeometricBrownianMotion(1)
+    t, x = torch.ones(3), torch.tensor([[0.5], [1.0], [2.0]])
+    exact = torch.tensor([0.4597, -0.5013, 0.4597])
+    assert_close(process.rate(t, x), exact, rtol=0, atol=1e-4)
+    assert_close(fokker_planck_rhs(process.log_prob, process.sde, t, x), process.rate(t, x))
+    wrong = torch.tensor([2.72, -1.30, 0.21])
+    assert_close(slides_rhs(process.log_prob, process.sde, t, x), wrong, rtol=0, atol=1e-2)
+    # Constant diffusion hides the error.
+    process, t, x = OrnsteinUhlenbeck(2), torch.rand(5), torch.randn(5, 2)
+    assert_close(slides_rhs(process.log_prob, process.sde, t, x), process.rate(t, x))
+
+
+def conservation_form(log_prob, sde, t, x):
+    r""":math:`-\sum_i \partial_i (f_i p) + \frac{1}{2} \sum_i \partial_i^2 (g_i^2 p)` as it stands, term by term."""
+    x = x.detach().requires_grad_()
+    p = log_prob(t, x).exp()
+    total = torch.zeros_like(p)
+    for i, (flux, spread) in enumerate(
+        zip((sde.f(t, x) * p[:, None]).unbind(-1), (sde.g(t, x) ** 2 * p[:, None] / 2).unbind(-1), strict=True)
+    ):
+        slope = torch.autograd.grad(spread.sum(), x, create_graph=True)[0][:, i]
+        total = total - torch.autograd.grad(flux.sum(), x, create_graph=True)[0][:, i]
+        total = total + torch.autograd.grad(slope.sum(), x, create_graph=True)[0][:, i]
+    return total
+
+
+def networks(d, **kwargs):
+    sde = DiagonalSDE(HollowNN(d, [8, 4], **kwargs), HollowNN(d, [8, 4], **kwargs))
+    for net in (sde.drift, sde.diffusion):
+        for parameter in net.transformer.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return sde
+
+
+def mixture(d, **kwargs):
+    density = GaussianMixtureMarginals(d, 3, (0.0, 1.0), **kwargs)
+    nn.init.normal_(density.curve.bias, std=0.5)
+    return density
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+@pytest.mark.parametrize("conditioner", ["grouped", "masked"])
+def test_conservation_form(d, conditioner):
+    density, sde, t, x = mixture(d), networks(d, conditioner=conditioner), torch.rand(6), torch.randn(6, d)
+    expected = conservation_form(density.log_prob, sde, t, x)
+    assert_close(fokker_planck_rhs(density, sde, t, x, "density"), expected)
+    assert_close(fokker_planck_rhs(density, sde.bind(), t, x), expected / density.log_prob(t, x).exp())
+    gradients = [
+        torch.autograd.grad(value.sin().sum(), [*sde.parameters()], allow_unused=True, materialize_grads=True)
+        for value in (fokker_planck_rhs(density, sde, t, x, "density"), expected)
+    ]
+    assert_close(*gradients)
+
+
+def test_form_must_be_known():
+    process = OrnsteinUhlenbeck(1)
+    with pytest.raises(ValueError, match="form must be 'log' or 'density', but got 'p'"):
+        fokker_planck_rhs(process.log_prob, process.sde, torch.tensor(0.0), torch.zeros(1, 1), "p")
+
+
+def test_probability_flow_carries_the_marginals():
+    process, t0 = OrnsteinUhlenbeck(3), torch.zeros(50)
+    x0 = process.sample(t0, 3)
+    flow = probability_flow(process.score, process.sde)
+    end = Solver(rtol=1e-8, atol=1e-8).integrate(flow, x0, 0.0, 1.0).state
+    # Along the flow of Gaussians with diagonal covariance, the standardised position stays.
+    (mean0, var0), (mean1, var1) = process.moments(t0), process.moments(t0 + 1)
+    assert_close(end, mean1 + (x0 - mean0) * (var1 / var0).sqrt(), rtol=1e-6, atol=1e-6)
+
+
+def test_probability_flow_with_state_dependent_noise():
+    process = GeometricBrownianMotion(1)
+    x0 = process.sample(torch.full((50,), 0.5), 1)
+    flow = probability_flow(lambda t, x: log_density_derivatives(process.log_prob, t, x).score, process.sde)
+    end = Solver(rtol=1e-8, atol=1e-8).integrate(flow, x0, 0.5, 1.5).state
+    z = [process._standard(torch.full((50,), t), x)[1] for t, x in ((0.5, x0), (1.5, end))]
+    assert_close(*z, rtol=1e-6, atol=1e-6)
+
+
+def test_currents_are_not_identifiable():
+    # A rotation of an isotropic density, and noise that the drift makes up for, leave the right-hand side as it is.
+    density = GaussianMixtureMarginals(2, 1, (0.0, 1.0))
+    density.initialize(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+    t, x = torch.rand(20), torch.randn(20, 2)
+    score = lambda t, x: density.derivatives(t, x).score  # noqa: E731
+    calm = DiagonalSDE(lambda t, x: -0.25 * x, lambda t, x: 0.5 * torch.ones_like(x))
+    with torch.no_grad():
+        density.curve.weight.zero_()  # a stationary, isotropic Gaussian
+    rotation = DiagonalSDE(lambda t, x: -0.25 * x + 3 * torch.stack([-x[:, 1], x[:, 0]], -1), calm.diffusion)
+    louder = DiagonalSDE(lambda t, x: -0.25 * x + 0.5 * (1 - 0.25) * score(t, x), lambda t, x: torch.ones_like(x))
+    expected = fokker_planck_rhs(density, calm, t, x)
+    for other in (rotation, louder):
+        assert (other.f(t, x) - calm.f(t, x)).abs().max() > 0.1
+        assert_close(fokker_planck_rhs(density, other, t, x), expected)
+
+
+class Exact(nn.Module):
+    """A process's density as a module."""
+
+    def __init__(self, process, d):
+        super().__init__()
+        self.process, self.d = process, d
+        self.log_prob = process.log_prob
+
+    def derivatives(self, t, x):
+        return log_density_derivatives(self.process.log_prob, t, x)
+
+    def sample(self, t):
+        return self.process.sample(t, self.d)
+
+
+@each_process
+@pytest.mark.parametrize("where", ["data", "proposal", "both"])
+def test_truth_has_no_residual(process, where):
+    process, t = process(2), 0.5 + torch.rand(50)
+    x = process.sample(t, 2)
+    loss = FokkerPlanckMatching(Exact(process, 2), process.sde, where=where, weight=3.0, broadening=0.0)(t, x)
+    assert loss.residual < 1e-16
+    assert_close(loss.nll, -process.log_prob(t, x).mean())
+    other = DiagonalSDE(process.sde.drift, lambda t, x: 1.1 * process.sde.diffusion(t, x))
+    loss = FokkerPlanckMatching(Exact(process, 2), other, where=where, weight=3.0, broadening=0.0)(t, x)
+    assert loss.residual > 1e-3
+    assert_close(loss.total, loss.nll + 3 * loss.residual)
+
+
+def test_proposal_is_broad_and_between_the_times():
+    seen = []
+    process, t = OrnsteinUhlenbeck(1), torch.tensor([0.0, 1.0]).repeat(500)
+    x = process.sample(t, 1)
+
+    def drift(t, x):
+        seen.append((t, x))
+        return -x
+
+    for broadening in (0.0, 5.0):
+        FokkerPlanckMatching(
+            Exact(process, 1), DiagonalSDE(drift, process.sde.diffusion), where="proposal", broadening=broadening
+        )(t, x)
+    (times, points), (_, broad) = seen
+    assert times.min() >= 0 and times.max() <= 1 and 0.4 < times.mean() < 0.6 and len(times.unique()) == 1000
+    assert points.std() < 2 * x.std() and broad.std() > 4 * x.std()
+
+
+def test_every_parameter_is_trained():
+    matching = FokkerPlanckMatching(mixture(2), networks(2))
+    matching(torch.rand(20), torch.randn(20, 2)).total.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in matching.parameters())
+
+
+def test_fit_learns_ornstein_uhlenbeck():
+    """From marginals alone, with the noise known, to the drift that made them."""
+    process = OrnsteinUhlenbeck(1)
+    t = torch.linspace(0, 1, 6).repeat(500)
+    x = process.sample(t, 1)
+    density = GaussianMixtureMarginals(1, 1, (0.0, 1.0))
+    density.initialize(x)
+    sde = DiagonalSDE(HollowNN(1, [8]), process.sde.diffusion)
+    losses = []
+    fit(
+        FokkerPlanckMatching(density, sde), t, x, steps=400, batch_size=256, lr=0.02,
+        progress=lambda step, loss: losses.append((step, loss.total.item())),
+    )  # fmt: skip
+    assert [step for step, _ in losses] == list(range(1, 401))
+    times = torch.rand(1000)
+    points = process.sample(times, 1)
+    error = (sde.f(times, points) - process.sde.f(times, points)).square().mean().sqrt()
+    assert error < 0.15 * process.sde.f(times, points).square().mean().sqrt()
+
+
+def test_fit_stops_at_what_is_not_finite():
+    matching = FokkerPlanckMatching(mixture(1), DiagonalSDE(HollowNN(1), lambda t, x: x * math.inf))
+    with pytest.raises(ArithmeticError, match="in step 1; a smaller lr than 0.01"):
+        fit(matching, torch.rand(10), torch.randn(10, 1), steps=2, batch_size=4)
+
+
+BAD = {
+    "where must be 'data', 'proposal' or 'both', but got 'grid'": {"where": "grid"},
+    "weight must not be negative": {"weight": -1.0},
+    "broadening must not be negative": {"broadening": -1.0},
+}
+
+
+@pytest.mark.parametrize("message, kwargs", BAD.items(), ids=BAD)
+def test_bad_settings(message, kwargs):
+    with pytest.raises(ValueError, match=message):
+        FokkerPlanckMatching(mixture(1), networks(1), **kwargs)
+
+
+def test_bad_shapes():
+    with pytest.raises(ValueError, match=r"t and x must have shapes \(n,\) and \(n, d\), but got \(\) and \(5, 2\)"):
+        FokkerPlanckMatching(mixture(2), networks(2))(torch.tensor(0.0), torch.zeros(5, 2))
