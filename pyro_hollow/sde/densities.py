@@ -242,13 +242,13 @@ class GaussianMixtureMarginals(nn.Module):
 
     @staticmethod
     def _transposed(diagonal: Tensor, lower: Tensor | None, v: Tensor) -> Tensor:
-        """L^T v."""
-        return diagonal * v if lower is None else diagonal * v + (lower.mT @ v.unsqueeze(-1)).squeeze(-1)
+        """L^T v. Matrices are many and small: a sum of products beats a batched matrix product."""
+        return diagonal * v if lower is None else diagonal * v + (lower * v.unsqueeze(-1)).sum(-2)
 
     @staticmethod
     def _times(diagonal: Tensor, lower: Tensor | None, v: Tensor) -> Tensor:
         """L v."""
-        return diagonal * v if lower is None else diagonal * v + (lower @ v.unsqueeze(-1)).squeeze(-1)
+        return diagonal * v if lower is None else diagonal * v + (lower * v.unsqueeze(-2)).sum(-1)
 
     def _joint(self, logits: Tensor, log_diagonal: Tensor, z: Tensor) -> Tensor:
         """The logarithms of w_k N(x; m_k, P_k), with shape ``(*, K)``."""

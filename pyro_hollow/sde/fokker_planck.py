@@ -145,7 +145,8 @@ class FokkerPlanckMatching(nn.Module):
     :param density: a module with the methods ``log_prob``, ``derivatives`` and, for a proposal, ``sample``, such as
         :class:`~pyro_hollow.sde.GaussianMixtureMarginals`.
     :param sde: the stochastic differential equation.
-    :param float weight: :math:`\lambda`, in units of time squared.
+    :param float weight: :math:`\lambda`, in units of time squared. Small is safe: the equation learns from the residual
+        alone, and Adam does not mind the scale of a gradient, while a large weight bends the density.
     :param str where: "data", "proposal" or "both".
     :param float broadening: the standard deviation of the proposal's noise, in standard deviations of the data.
     :raises ValueError: for a weight or broadening that is negative and an unknown place.
@@ -156,7 +157,7 @@ class FokkerPlanckMatching(nn.Module):
         density: nn.Module,
         sde: DiagonalSDE,
         *,
-        weight: float = 1.0,
+        weight: float = 0.1,
         where: str = "both",
         broadening: float = 0.3,
     ) -> None:
@@ -180,19 +181,16 @@ class FokkerPlanckMatching(nn.Module):
         """
         if x.dim() != 2 or t.shape != x.shape[:1]:
             raise ValueError(f"t and x must have shapes (n,) and (n, d), but got {tuple(t.shape)} and {tuple(x.shape)}")
-        nll, residuals = None, []
-        sde = self.sde.bind()
-        if self.where in ("data", "both"):
-            at_data = self.density.derivatives(t, x)
-            nll = -at_data.log_prob.mean()
-            residuals.append(at_data.rate - _log_rhs(at_data, sde, t, x))
-        else:
-            nll = -self.density.log_prob(t, x).mean()
-        if self.where in ("proposal", "both"):
-            times, points = self._propose(t, x)
-            proposed = self.density.derivatives(times, points)
-            residuals.append(proposed.rate - _log_rhs(proposed, sde, times, points))
-        residual = torch.cat(residuals).square().mean()
+        n, places = len(x), [(t, x)]
+        if self.where != "data":
+            places.append(self._propose(t, x))
+        if self.where == "proposal":
+            nll = -self.density.log_prob(*places.pop(0)).mean()
+        t, x = (torch.cat(parts) for parts in zip(*places, strict=True))
+        at = self.density.derivatives(t, x)
+        if self.where != "proposal":
+            nll = -at.log_prob[:n].mean()
+        residual = (at.rate - _log_rhs(at, self.sde.bind(), t, x)).square().mean()
         return MatchingLoss(nll + self.weight * residual, nll, residual)
 
     @torch.no_grad()
@@ -239,4 +237,4 @@ def fit(
         optimizer.step()
         schedule.step()
         if progress is not None:
-            progress(step, loss)
+            progress(step, MatchingLoss(*(value.detach() for value in loss)))

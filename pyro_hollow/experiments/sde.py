@@ -1,0 +1,530 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Stochastic differential equations learned from samples at several times: simulated processes and a data set.
+
+Ways to learn, none of which is tuned for a process:
+
+- matching: density, drift and diffusion together, by Fokker-Planck matching. It sees no paths, only which samples
+  belong to which time.
+- known-noise: the same, with the true diffusion given.
+- gradient: the same, with the drift made the gradient of a potential as well.
+- transitions: the same networks by maximum likelihood of Euler-Maruyama transitions between neighbouring times, for
+  which the paths must be known.
+
+What was learned is simulated from training samples at the first time, and its marginals are compared with held-out
+ones: energy distance and sliced Wasserstein distance, in units of x, and the energy test at 5%. "fresh" is another
+sample of the true process of the same size, which tells what a perfect equation would score.
+
+    python -m pyro_hollow.experiments.sde
+
+The process "fertility" needs statsmodels. Finished runs are kept and reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_hollow.experiments.arguments import positive
+from pyro_hollow.experiments.data import DataError
+from pyro_hollow.experiments.figures import pyplot
+from pyro_hollow.experiments.sde_processes import PROCESSES, Process, load
+from pyro_hollow.experiments.speed import interleaved
+from pyro_hollow.experiments.two_sample import energy_distance, energy_test, sliced_wasserstein
+from pyro_hollow.nn import HollowNN
+from pyro_hollow.ops import field_derivatives
+from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching, GaussianMixtureMarginals, fit, fokker_planck_rhs
+
+METHODS = ("matching", "known-noise", "gradient", "transitions")
+LEARNING_RATE, BATCH_SIZE = 2e-2, 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides the result of a run, but for the machine."""
+
+    process: str
+    method: str
+    steps: int
+    seed: int
+    train: int
+    test: int
+
+
+@dataclass
+class Result:
+    """
+    What a run has found.
+
+    :ivar config: its settings.
+    :ivar times: when the marginals are compared: all times but the first.
+    :ivar distances: by what is compared with held-out data ("equation", "density", "fresh"), for each time the energy
+        distance, the sliced Wasserstein distance and the p-value of the energy test.
+    :ivar drift_error: root mean square error of the drift relative to the drift, over held-out data; nan if unknown.
+    :ivar diffusion_error: likewise.
+    :ivar seconds: of training.
+    :ivar history: steps, negative log-likelihoods and residuals, means over a fiftieth of the steps each.
+    """
+
+    config: Config
+    times: list[float] = field(default_factory=list)
+    distances: dict[str, list[list[float]]] = field(default_factory=dict)
+    drift_error: float = math.nan
+    diffusion_error: float = math.nan
+    seconds: float = math.nan
+    history: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Scale:
+    """Standardises: the networks see z = (x - loc) / scale, and their equation is one for z."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def to_z(self, x: Tensor) -> Tensor:
+        """Standardised."""
+        return (x - self.loc) / self.scale
+
+    def to_x(self, z: Tensor) -> Tensor:
+        """In the units of the data."""
+        return self.loc + self.scale * z
+
+
+class GradientDrift(nn.Module):
+    r"""
+    The drift :math:`-\nabla U` of a learned potential, in standardised coordinates.
+
+    :param int dim: the dimension.
+    :param Tensor scale: of the coordinates; a gradient in x is none in z unless it is accounted for.
+    """
+
+    def __init__(self, dim: int, scale: Tensor) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(dim + 1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+        self.scale = scale
+
+    def potential(self, t: Tensor, z: Tensor) -> Tensor:
+        """U with shape ``(*,)``."""
+        return self.net(torch.cat([t.expand(z.shape[:-1]).unsqueeze(-1), z], -1)).squeeze(-1)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        """The drift of z."""
+        return -field_derivatives(self.potential, t, z, 1)[1] / self.scale.square()
+
+
+def make_sde(process: Process, method: str, dim: int, scale: Scale) -> DiagonalSDE:
+    """
+    The equation to learn, for standardised coordinates.
+
+    :param process: the process, whose diffusion is used where the method says so.
+    :param str method: one of METHODS.
+    :param int dim: the dimension.
+    :param scale: the standardisation.
+    """
+    if method in ("matching", "transitions"):
+        return DiagonalSDE(HollowNN(dim), HollowNN(dim))
+    if process.sde is None:
+        raise DataError(f"the diffusion of {process.name} is not known, as {method} needs it")
+    truth = process.sde
+    drift = HollowNN(dim) if method == "known-noise" else GradientDrift(dim, scale.scale)
+    return DiagonalSDE(drift, lambda t, z: truth.g(t, scale.to_x(z)) / scale.scale)
+
+
+def fit_matching(
+    process: Process, sde: DiagonalSDE, z: Tensor, config: Config, result: Result
+) -> GaussianMixtureMarginals:
+    """
+    Learns from marginals.
+
+    :param process: tells times and the number of components.
+    :param sde: the equation, which is trained.
+    :param Tensor z: standardised samples with shape ``(times, n, d)``.
+    :param config: the number of steps.
+    :param result: gets the history.
+    :returns: the density.
+    """
+    dim = z.shape[-1]
+    density = GaussianMixtureMarginals(dim, process.components, (process.times[0], process.times[-1]))
+    density.initialize(z.flatten(0, 1))
+    times = torch.tensor(process.times).repeat_interleave(z.shape[1])
+    losses: list[tuple[float, float]] = []
+    every = max(1, config.steps // 50)
+    with tqdm(total=config.steps, desc=_label(config), leave=False, mininterval=1.0) as bar:
+
+        def progress(step: int, loss: Any) -> None:
+            bar.update()
+            losses.append((float(loss.nll), float(loss.residual)))
+            if step % every == 0:
+                result.history.append([step, *np.mean(losses[-every:], axis=0).tolist()])
+
+        matching = FokkerPlanckMatching(density, sde)
+        fit(
+            matching, times, z.flatten(0, 1), steps=config.steps, batch_size=BATCH_SIZE, lr=LEARNING_RATE,
+            progress=progress,
+        )  # fmt: skip
+    return density
+
+
+def fit_transitions(process: Process, sde: DiagonalSDE, z: Tensor, config: Config) -> None:
+    """
+    Learns from paths, by maximum likelihood of Euler-Maruyama transitions.
+
+    :param process: tells the times.
+    :param sde: the equation, which is trained.
+    :param Tensor z: standardised paths with shape ``(times, n, d)``.
+    :param config: the number of steps.
+    """
+    times = torch.tensor(process.times)
+    optimizer = torch.optim.Adam(sde.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    for _ in tqdm(range(config.steps), desc=_label(config), leave=False, mininterval=1.0):
+        k, path = torch.randint(len(times) - 1, (BATCH_SIZE,)), torch.randint(z.shape[1], (BATCH_SIZE,))
+        h, start, bound = (times[k + 1] - times[k]).unsqueeze(-1), z[k, path], sde.bind()
+        mean, scale = start + h * bound.drift(times[k], start), h.sqrt() * bound.diffusion(times[k], start)
+        loss = (0.5 * ((z[k + 1, path] - mean) / scale).square() + scale.log()).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(sde.parameters(), 10.0)
+        optimizer.step()
+        schedule.step()
+
+
+def _label(config: Config) -> str:
+    return f"{config.process}, {config.method}, seed {config.seed}"
+
+
+def compare(samples: Tensor, test: Tensor) -> list[list[float]]:
+    """
+    Energy distance, sliced Wasserstein distance and p-value of the energy test, time by time.
+
+    :param Tensor samples: with shape ``(times, n, d)``.
+    :param Tensor test: likewise.
+    """
+    pairs = list(zip(samples, test, strict=True))
+    return [[energy_distance(x, y), sliced_wasserstein(x, y), energy_test(x, y)] for x, y in pairs]
+
+
+def _errors(process: Process, sde: DiagonalSDE, scale: Scale, test: Tensor) -> tuple[float, float]:
+    """Of drift and diffusion, relative, over the held-out data."""
+    if process.sde is None:
+        return math.nan, math.nan
+    times = torch.tensor(process.times).repeat_interleave(test.shape[1])
+    x = test.flatten(0, 1)
+    with torch.no_grad():
+        pairs = [
+            (process.sde.f(times, x), sde.f(times, scale.to_z(x)) * scale.scale),
+            (process.sde.g(times, x), sde.g(times, scale.to_z(x)) * scale.scale),
+        ]
+    drift, diffusion = (float((own - true).norm() / true.norm()) for true, own in pairs)
+    return drift, diffusion
+
+
+def _stem(folder: Path, config: Config) -> Path:
+    """Where a run is kept, without the suffix."""
+    return folder / config.process / f"{config.method}-{config.steps}-{config.train}-{config.test}-{config.seed}"
+
+
+def run(process: Process, config: Config, folder: Path, force: bool = False) -> Result:
+    """
+    One run, or what is left of an earlier one.
+
+    :param process: the process.
+    :param config: the settings.
+    :param folder: where results are kept.
+    :param bool force: run again.
+    """
+    stem = _stem(folder, config)
+    if stem.with_suffix(".json").exists() and not force:
+        saved = json.loads(stem.with_suffix(".json").read_text())
+        return Result(**{**saved, "config": Config(**saved["config"])})
+    torch.manual_seed(config.seed)
+    train, test = process.split(config.train, config.test)
+    fresh = None if process.sde is None else process.paths(config.test)
+    pooled = train.flatten(0, 1)
+    scale = Scale(pooled.mean(0), pooled.std(0))
+    z, dim = scale.to_z(train), train.shape[-1]
+    sde, density = make_sde(process, config.method, dim, scale), None
+    result = Result(config, times=list(process.times[1:]))
+    begin = time.perf_counter()
+    if config.method == "transitions":
+        fit_transitions(process, sde, z, config)
+    else:
+        density = fit_matching(process, sde, z, config, result)
+    result.seconds = time.perf_counter() - begin
+    dt = (process.times[-1] - process.times[0]) / 200
+    start = z[0, torch.randint(z.shape[1], (test.shape[1],))]
+    drawn = {"equation": scale.to_x(sde.sample(start, process.times, dt))}
+    if density is not None:
+        drawn["density"] = scale.to_x(density.sample(torch.tensor(process.times).unsqueeze(-1).expand(test.shape[:2])))
+    if fresh is not None:
+        drawn["fresh"] = fresh
+    result.distances = {name: compare(samples[1:], test[1:]) for name, samples in drawn.items()}
+    result.drift_error, result.diffusion_error = _errors(process, sde, scale, test)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: samples.numpy() for name, samples in {**drawn, "data": test}.items()}
+    if density is not None and dim == 2:
+        arrays["grid"], arrays["values"] = _on_grid(density, scale, test, process.times)
+    np.savez_compressed(stem.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
+    stem.with_suffix(".json").write_text(json.dumps(asdict(result)))
+    return result
+
+
+@torch.no_grad()
+def _on_grid(
+    density: GaussianMixtureMarginals, scale: Scale, test: Tensor, times: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The two axes of a grid around the data, and the density on it at each time."""
+    low, high = test.flatten(0, 1).min(0).values, test.flatten(0, 1).max(0).values
+    axes = [torch.linspace(float(a), float(b), 80) for a, b in zip(low, high, strict=True)]
+    z = scale.to_z(torch.cartesian_prod(*axes))
+    values = [density.log_prob(torch.tensor(time), z).exp().view(80, 80).T / scale.scale.prod() for time in times]
+    return torch.stack(axes).numpy(), torch.stack(values).numpy()
+
+
+Runs = dict[str, list[Result]]
+
+
+def _columns(runs: Runs) -> dict[str, list[list[list[float]]]]:
+    """By what is compared, in the order of the table, one list of rows (time by time) for each seed."""
+    columns: dict[str, list[list[list[float]]]] = {}
+    for method, results in runs.items():
+        for kind in ("equation", "density", "fresh"):
+            rows = [r.distances[kind] for r in results if kind in r.distances]
+            name = {"equation": method, "density": f"density of {method}", "fresh": "fresh"}[kind]
+            if rows and (kind == "equation" or (kind == "density" and method == "matching")):
+                columns[name] = rows
+    fresh = [r.distances["fresh"] for r in next(iter(runs.values())) if "fresh" in r.distances]
+    return columns | ({"fresh": fresh} if fresh else {})
+
+
+def format_times(process: Process, runs: Runs) -> str:
+    """
+    A table in Markdown of distances, one row for each time: energy / sliced Wasserstein, means over seeds.
+
+    :param process: the process.
+    :param runs: by method, a run for each seed.
+    """
+    columns = _columns(runs)
+    times = next(iter(runs.values()))[0].times
+    lines = [
+        f"{process.title}: energy / sliced Wasserstein distance to held-out data\n",
+        f"| {process.time_axis} | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for k, tick in enumerate(times):
+        means = [np.mean([rows[k][:2] for rows in seeds], axis=0) for seeds in columns.values()]
+        lines.append(f"| {tick:.3g} | " + " | ".join(f"{a:.3f} / {b:.3f}" for a, b in means) + " |")
+    return "\n".join(lines)
+
+
+def format_summary(tables: dict[str, Runs]) -> str:
+    """
+    A table in Markdown: how often the energy test at 5% rejects, of how many times and seeds, distances and errors.
+
+    :param tables: by the title of the process, its runs by method.
+    """
+    lines = [
+        "| process | learned by | rejected at 5% | at the last time | energy distance | sliced Wasserstein "
+        "| error of f | error of g | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for title, runs in tables.items():
+        for name, seeds in _columns(runs).items():
+            rejections = [[row[2] <= 0.05 for row in rows] for rows in seeds]
+            energy, sliced = np.mean([[row[:2] for row in rows] for rows in seeds], axis=(0, 1))
+            count, total = np.sum(rejections), np.size(rejections)
+            last = f"{sum(row[-1] for row in rejections)} of {len(seeds)}"
+            errors = "- | - | -"
+            if name in runs:
+                means = [
+                    float(np.mean([getattr(r, key) for r in runs[name]]))
+                    for key in ("drift_error", "diffusion_error", "seconds")
+                ]
+                known = name != "transitions" or not math.isnan(means[0])
+                shown = ["-" if math.isnan(v) or not known else f"{100 * v:.1f}%" for v in means[:2]]
+                errors = f"{shown[0]} | {shown[1]} | {means[2]:.0f}"
+            lines.append(f"| {title} | {name} | {count} of {total} | {last} | {energy:.3f} | {sliced:.3f} | {errors} |")
+    return "\n".join(lines)
+
+
+def draw(process: Process, results: Runs, folder: Path) -> None:
+    """
+    Draws held-out data, the learned density and the learned equation's samples side by side over time: PNG.
+
+    :param process: the process.
+    :param results: runs by method; the first seed of "matching" is drawn.
+    :param folder: where results are kept.
+    """
+    if "matching" not in results:
+        return
+    arrays = dict(np.load(_stem(folder, results["matching"][0].config).with_suffix(".npz")))
+    shown = np.unique(np.linspace(0, len(process.times) - 1, min(5, len(process.times))).round().astype(int))
+    plt = pyplot()
+    if arrays["data"].shape[-1] == 1:
+        figure = _draw_line(plt, process, arrays, shown)
+    else:
+        figure = _draw_plane(plt, process, arrays, shown)
+    figure.suptitle(process.title)
+    figure.savefig(folder / f"{process.name}.png", dpi=110)
+    plt.close(figure)
+
+
+def _draw_line(plt: Any, process: Process, arrays: dict[str, np.ndarray], shown: np.ndarray) -> Any:
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(2.6 * len(shown), 2.8), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    edges = np.linspace(arrays["data"].min(), arrays["data"].max(), 25)
+    for axis, k in zip(axes[0], shown, strict=True):
+        axis.hist(arrays["data"][k, :, 0], edges, density=True, color="0.8", label="held-out data")
+        styles = {"density": ("C1", "--", "learned density"), "equation": ("C0", "-", "learned equation")}
+        for kind, (color, line, label) in styles.items():
+            axis.hist(
+                arrays[kind][k, :, 0], edges, density=True, histtype="step", color=color, linestyle=line, label=label
+            )
+        axis.set(title=f"{process.time_axis}: {process.times[k]:.3g}", xlabel=process.axis)
+    axes[0, 0].set_ylabel("density")
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+def _draw_plane(plt: Any, process: Process, arrays: dict[str, np.ndarray], shown: np.ndarray) -> Any:
+    """Of more than two dimensions the first two, for which there are samples of the density instead of its values."""
+    figure, axes = plt.subplots(
+        3, len(shown), figsize=(2.4 * len(shown), 7), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    rows = {"data": "held-out data", "density": "learned density", "equation": "learned equation"}
+    low, high = (np.quantile(arrays["data"][..., :2].reshape(-1, 2), q, axis=0) for q in (0.001, 0.999))
+    for row, (kind, label) in zip(axes, rows.items(), strict=True):
+        for axis, k in zip(row, shown, strict=True):
+            if kind == "density" and "grid" in arrays:
+                axis.pcolormesh(*arrays["grid"], arrays["values"][k], cmap="cividis", shading="auto", rasterized=True)
+            else:
+                axis.plot(*arrays[kind][k, :, :2].T, ".", color="C0", markersize=2, alpha=0.5, rasterized=True)
+            axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        row[0].set_ylabel(f"{label}\n{process.axis}$_2$")
+    for top, bottom, k in zip(axes[0], axes[-1], shown, strict=True):
+        top.set_title(f"{process.time_axis} = {process.times[k]:.3g}")
+        bottom.set_xlabel(f"{process.axis}$_1$")
+    return figure
+
+
+def cost_table(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
+    """
+    Rows: what a training step (matching at the data, forward + backward) takes, and the same residual by automatic
+    differentiation of all three functions, over one evaluation of f, g and log p without derivatives.
+
+    :param dims: dimensions.
+    :param int batch: samples.
+    :param int repeats: repetitions.
+    """
+    lines = [
+        "| d | f, g and log p, ms | a training step | the same by plain autograd |",
+        "|---|---|---|---|",
+    ]
+    for d in dims:
+        density = GaussianMixtureMarginals(d, 4, (0.0, 1.0), covariance="diagonal")
+        matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(d), HollowNN(d)), where="data")
+        candidates = cost_candidates(matching, torch.rand(batch), torch.randn(batch, d))
+        once, step, plain = interleaved(candidates, repeats, f"cost, d = {d}").values()
+        lines.append(f"| {d} | {once * 1e3:.2f} | {step / once:.1f} | {plain / once:.1f} |")
+    return lines
+
+
+def cost_candidates(matching: FokkerPlanckMatching, t: Tensor, x: Tensor) -> dict[str, Callable[[], object]]:
+    """
+    What is timed: one evaluation, and a step the cheap and the plain way. Both steps leave the same gradients.
+
+    :param matching: the objective, at the data alone.
+    :param Tensor t: times with shape ``(n,)``.
+    :param Tensor x: samples with shape ``(n, d)``.
+    """
+    density, sde = matching.density, matching.sde
+
+    def once() -> None:
+        with torch.no_grad():
+            bound = sde.bind()
+            bound.drift(t, x), bound.diffusion(t, x), density.log_prob(t, x)
+
+    def step() -> None:
+        matching.zero_grad()
+        matching(t, x).total.backward()
+
+    def plain() -> None:
+        matching.zero_grad()
+        bound = sde.bind()
+        opaque = DiagonalSDE(lambda t, x: bound.drift(t, x), lambda t, x: bound.diffusion(t, x))
+        log_prob = lambda t, x: density.log_prob(t, x)  # noqa: E731
+        times = t.clone().requires_grad_()
+        value = density.log_prob(times, x)
+        (rate,) = torch.autograd.grad(value.sum(), times, create_graph=True)
+        residual = (rate - fokker_planck_rhs(log_prob, opaque, t, x)).square().mean()
+        (matching.weight * residual - value.mean()).backward()
+
+    return {"once": once, "step": step, "plain": plain}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "python -m pyro_hollow.experiments.sde", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--process", nargs="*", choices=PROCESSES, default=list(PROCESSES), help="default: all")
+    parser.add_argument(
+        "--method", nargs="+", choices=METHODS, default=["matching", "transitions"],
+        help="default: matching transitions",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=positive, default=1000, help="steps (default: 1000)")
+    parser.add_argument("--seed", nargs="+", type=int, default=list(range(10)), help="seeds (default: 0 to 9)")
+    parser.add_argument("--train", type=positive, default=2000, help="paths to learn from (default: 2000)")
+    parser.add_argument("--test", type=positive, default=500, help="paths held out (default: 500)")
+    parser.add_argument("--cost", nargs="*", type=int, metavar="D", help="time a step in these dimensions, too")
+    parser.add_argument("--batch-size", type=positive, default=64, help="samples when the cost is timed (default: 64)")
+    parser.add_argument("--repeats", type=positive, default=7, help="repetitions when it is timed (default: 7)")
+    parser.add_argument("--output", type=Path, default=Path("results/sde"), help="where results are kept")
+    parser.add_argument("--force", action="store_true", help="repeat finished runs")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of torch (default: 1)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the experiment; see ``--help``."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # responsibilities of far components
+    tables: dict[str, Runs] = {}
+    try:
+        for process in map(load, args.process):
+            configs = {
+                method: [Config(process.name, method, args.steps, seed, args.train, args.test) for seed in args.seed]
+                for method in args.method
+            }
+            runs = {m: [run(process, config, args.output, args.force) for config in own] for m, own in configs.items()}
+            tables[process.title] = runs
+            print(format_times(process, runs), end="\n\n", flush=True)
+            draw(process, runs, args.output)
+    except DataError as error:
+        parser.error(str(error))
+    if tables:
+        print(format_summary(tables), flush=True)
+    if args.cost is not None:
+        print(f"\nCost over f, g and log p once, batch {args.batch_size}:\n")
+        print("\n".join(cost_table(args.cost or [2, 8, 32, 128, 256], args.batch_size, args.repeats)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+import importlib.util
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pyro_hollow.experiments import sde as experiment
+from pyro_hollow.experiments.data import DataError
+from pyro_hollow.experiments.sde import Config, Result, Scale, format_summary, format_times, make_sde, run
+from pyro_hollow.experiments.sde_processes import PROCESSES, load
+from pyro_hollow.nn import HollowNN
+from pyro_hollow.ops import field_derivatives
+from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching, GaussianMixtureMarginals
+
+SIMULATED = [name for name in PROCESSES if name != "fertility"]
+SMALL = ["--steps", "3", "--seed", "0", "--train", "20", "--test", "15"]
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_processes(name):
+    process = load(name)
+    train, test = process.split(30, 20)
+    assert process.name == name
+    assert train.shape[:2] == (len(process.times), 30) and test.shape[:2] == (len(process.times), 20)
+    assert train.shape[2] == test.shape[2] and torch.isfinite(train).all()
+    assert (train[1:] != train[:-1]).all()
+
+
+def test_moments_of_ornstein_uhlenbeck():
+    process = load("ou-2")
+    x = process.paths(2000)
+    t = torch.tensor(process.times)
+    # The skew-symmetric part turns the mean by one radian per time.
+    radius, angle = (
+        1.5 * math.sqrt(2) * (-t).exp(),
+        math.pi / 4 + t * torch.sign(process.sde.f(t[0], torch.eye(2))[0, 1]),
+    )
+    mean = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+    var = 0.7**2 / 2 + (0.3**2 - 0.7**2 / 2) * (-2 * t).exp()
+    assert_close(x.mean(1), mean, rtol=0, atol=0.07)
+    assert_close(x.var(1), var.unsqueeze(-1).expand(-1, 2), rtol=0.15, atol=0)
+
+
+def test_moments_of_geometric_brownian_motion():
+    x = load("gbm").paths(4000)
+    assert_close(x[-1].mean(0), torch.tensor([0.2, -0.1]).exp() * math.exp(0.02), rtol=0.05, atol=0)
+    assert_close(x[-1].log().std(0), torch.tensor([0.13, 0.29]).sqrt(), rtol=0.06, atol=0)
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_drift_of_the_double_well_is_a_gradient(d):
+    def potential(t, x):
+        return (x[..., 0] ** 2 - 1) ** 2 + ((x[..., 1] - x[..., 0] / 2) ** 2 if d == 2 else 0)
+
+    x, t = torch.randn(10, d), torch.tensor(0.0)
+    assert_close(load(f"double-well-{d}").sde.f(t, x), -field_derivatives(potential, t, x, 1)[1])
+
+
+def test_data_set_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "statsmodels", None)
+    monkeypatch.setitem(__import__("sys").modules, "statsmodels.datasets", None)
+    with pytest.raises(DataError, match="pip install statsmodels"):
+        load("fertility")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("statsmodels") is None, reason="needs statsmodels")
+@pytest.mark.filterwarnings("ignore")
+def test_data_set():
+    process = load("fertility")
+    train, test = process.split(0, 0)
+    assert train.shape == test.shape == (11, 94, 1) and process.sde is None
+    assert 1.4 < train[0].mean() < 1.9 and train[-1].mean() < 1.2  # births per woman, logarithms
+    assert not (train[:, :, None] == test[:, None]).all(0).any()  # no country in both
+
+
+def test_gradient_drift_is_a_gradient_in_the_units_of_the_data():
+    process = load("double-well-2")
+    scale = Scale(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0]))
+    sde = make_sde(process, "gradient", 2, scale)
+    x, t = torch.randn(2), torch.tensor(0.3)
+    jacobian = torch.autograd.functional.jacobian(lambda x: sde.f(t, scale.to_z(x)) * scale.scale, x)
+    assert_close(jacobian, jacobian.T)
+    assert jacobian[0, 1].abs() > 1e-4
+    assert_close(sde.g(t, scale.to_z(x)) * scale.scale, process.sde.g(t, x))
+
+
+def table_rows(text):
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_command(tmp_path, capsys):
+    arguments = ["--process", "ou-1", "gbm", "--output", str(tmp_path), *SMALL]
+    experiment.main(arguments)
+    first = capsys.readouterr().out
+    assert [line.split(" | ")[1] for line in table_rows(first) if line.startswith("| geometric")] == [
+        "matching", "density of matching", "transitions", "fresh",
+    ]  # fmt: skip
+    assert (tmp_path / "ou-1.png").stat().st_size > 10_000 and (tmp_path / "gbm.png").stat().st_size > 10_000
+    (path,) = tmp_path.glob("gbm/matching-*.json")
+    saved = json.loads(path.read_text())
+    assert len(saved["times"]) == 5 and all(len(rows) == 5 for rows in saved["distances"].values())
+    assert saved["drift_error"] > 0 and saved["diffusion_error"] > 0
+    # A second time nothing is computed.
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
+    experiment.main(arguments)
+    assert capsys.readouterr().out == first
+    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
+
+
+def test_runs_repeat(tmp_path):
+    config = Config("gbm", "known-noise", 3, 5, 20, 15)
+    first = run(load("gbm"), config, tmp_path / "a")
+    again = run(load("gbm"), config, tmp_path / "b")
+    other = run(load("gbm"), replace(config, seed=6), tmp_path / "b")
+    assert first.distances == again.distances != other.distances
+    assert first.diffusion_error < 1e-5
+
+
+def test_tables():
+    def result(seed, energy, p, drift=math.nan):
+        config = Config("ou-1", "matching", 3, seed, 20, 15)
+        rows = [[energy, 0.5, p], [energy, 0.5, 0.9]]
+        return Result(config, [0.5, 1.0], {"equation": rows, "density": rows}, drift, math.nan, 7.0)
+
+    runs = {"matching": [result(0, 0.1, 0.05, 0.2), result(1, 0.3, 0.06, 0.4)]}
+    lines = table_rows(format_times(load("ou-1"), runs))
+    assert lines[1:] == ["| 0.5 | 0.200 / 0.500 | 0.200 / 0.500 |", "| 1 | 0.200 / 0.500 | 0.200 / 0.500 |"]
+    lines = table_rows(format_summary({"OU": runs}))
+    assert lines[1] == "| OU | matching | 1 of 4 | 0 of 2 | 0.200 | 0.500 | 30.0% | - | 7 |"
+    assert lines[2].endswith("| - | - | - |")
+
+
+def test_cost():
+    (row,) = experiment.cost_table([3], batch=4, repeats=1)[2:]
+    assert all(float(cell) > 0 for cell in row.strip(" |").split(" | "))
+
+
+def test_plain_and_cheap_step_have_the_same_gradients():
+    torch.set_default_dtype(torch.float64)
+    density = GaussianMixtureMarginals(3, 4, (0.0, 1.0), covariance="diagonal")
+    matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(3), HollowNN(3)), where="data")
+    candidates = experiment.cost_candidates(matching, torch.rand(6), torch.randn(6, 3))
+    gradients = []
+    for name in ("step", "plain"):
+        candidates[name]()
+        gradients.append([parameter.grad.clone() for parameter in matching.parameters()])
+    assert_close(*gradients)
