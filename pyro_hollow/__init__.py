@@ -10,6 +10,8 @@ Which part for which need?
 - a posterior flow or a density: :func:`hollow_cnf`, or :func:`conditional_hollow_cnf` where an encoder or other context
   decides; :class:`HollowCNF` and :class:`ConditionalHollowCNF` around a network of your own making;
 - a vector field with exact divergence and dimension-wise derivatives of any order: :class:`HollowNN`;
+- a stochastic differential equation learned from samples at several times: :class:`DiagonalSDE` and
+  :class:`FokkerPlanckMatching`;
 - the solver's method and tolerances: :class:`Solver`;
 - the free-form flow to compare with: :func:`free_form_cnf`.
 """
@@ -17,6 +19,7 @@ Which part for which need?
 from pyro_hollow.infer import AutoHollowCNF, diagnose
 from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver, SolverError
+from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching
 from pyro_hollow.transforms import (
     ConditionalFreeFormCNF,
     ConditionalHollowCNF,
@@ -35,6 +38,8 @@ __all__ = [
     "ConditionalFreeFormCNF",
     "ConditionalHollowCNF",
     "ConditionalHollowNN",
+    "DiagonalSDE",
+    "FokkerPlanckMatching",
     "FreeFormCNF",
     "HollowCNF",
     "HollowNN",

@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -70,8 +71,8 @@ def test_drift_of_the_double_well_is_a_gradient(d):
 
 
 def test_data_set_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "statsmodels", None)
-    monkeypatch.setitem(__import__("sys").modules, "statsmodels.datasets", None)
+    for name in ("statsmodels", "statsmodels.datasets", "statsmodels.datasets.fertility"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match="pip install statsmodels"):
         load("fertility")
 

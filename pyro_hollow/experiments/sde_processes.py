@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -141,12 +142,12 @@ _AGGREGATES = [
 def _fertility() -> Process:
     """Births per woman of 189 countries, every fifth year from 1960 to 2010 (World Bank, in statsmodels)."""
     try:
-        from statsmodels.datasets import fertility
+        data = import_module("statsmodels.datasets.fertility")
     except ImportError as error:
         raise DataError(
             "the data set fertility comes with statsmodels, which is not installed: pip install statsmodels"
         ) from error
-    table = fertility.load_pandas().data
+    table = data.load_pandas().data
     table = table[~table["Country Name"].isin(_AGGREGATES)]
     years = [str(year) for year in range(1960, 2011, 5)]
     values = table[years].dropna().to_numpy(dtype=np.float64)

@@ -120,8 +120,10 @@ def differential_operator(
         L u = a_0 u + \sum_{i=1}^d \sum_{k=1}^K a_{ki} \, \partial_i^k u`
 
     for a vector field f and a scalar field u. For a hollow field it costs one evaluation with the derivatives up to
-    order K, whatever the dimension. A partial differential equation :math:`\partial_t u = L u` is solved by making its
-    residual ``time_derivative(field, t, x)[1] - differential_operator(field, t, x, coefficients)`` small.
+    order K, whatever the dimension. (A scalar field is hollow if it can be written as :math:`u = \tau_i(x_i, h_i)` for
+    every i, as a sum of products :math:`\sum_m \prod_i \phi_{mi}(t, x_i)` can; :func:`dimwise_derivatives` then gives
+    its derivatives.) A partial differential equation :math:`\partial_t u = L u` is solved by making its residual
+    ``time_derivative(field, t, x)[1] - differential_operator(field, t, x, coefficients)`` small.
 
     :param field: as for :func:`field_derivatives`.
     :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
