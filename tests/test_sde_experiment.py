@@ -127,21 +127,21 @@ def test_runs_repeat(tmp_path):
     again = run(load("gbm"), config, tmp_path / "b")
     other = run(load("gbm"), replace(config, seed=6), tmp_path / "b")
     assert first.distances == again.distances != other.distances
-    assert first.diffusion_error < 1e-5
+    assert first.diffusion_error < 1e-5 and 0 < first.drift_error_inside != first.drift_error
 
 
 def test_tables():
     def result(seed, energy, p, drift=math.nan):
         config = Config("ou-1", "matching", 3, seed, 20, 15)
         rows = [[energy, 0.5, p], [energy, 0.5, 0.9]]
-        return Result(config, [0.5, 1.0], {"equation": rows, "density": rows}, drift, math.nan, 7.0)
+        return Result(config, [0.5, 1.0], {"equation": rows, "density": rows}, drift_error=drift, seconds=7.0)
 
     runs = {"matching": [result(0, 0.1, 0.05, 0.2), result(1, 0.3, 0.06, 0.4)]}
     lines = table_rows(format_times(load("ou-1"), runs))
     assert lines[1:] == ["| 0.5 | 0.200 / 0.500 | 0.200 / 0.500 |", "| 1 | 0.200 / 0.500 | 0.200 / 0.500 |"]
     lines = table_rows(format_summary({"OU": runs}))
-    assert lines[1] == "| OU | matching | 1 of 4 | 0 of 2 | 0.200 | 0.500 | 30.0% | - | 7 |"
-    assert lines[2].endswith("| - | - | - |")
+    assert lines[1] == "| OU | matching | 1 of 4 | 0 of 2 | 0.200 | 0.500 | 30.0% | - | - | 7 |"
+    assert lines[2].endswith("| 0.500 | - | - | - | - |")
 
 
 def test_cost():

@@ -103,7 +103,7 @@ def _geometric() -> Process:
     )  # fmt: skip
 
 
-def _double_well(d: int) -> Process:
+def _double_well(d: int, components: int) -> Process:
     """From the ridge into two wells, of the potential (x_1^2 - 1)^2 and, in two dimensions, + (x_2 - x_1 / 2)^2."""
 
     def drift(t: Tensor, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def _double_well(d: int) -> Process:
 
     sde = DiagonalSDE(drift, _constant(0.7))
     return _simulated(
-        f"double-well-{d}", f"double well, {d}-d", _times(1.0, 9), sde, lambda n: 0.3 * torch.randn(n, d), 8
+        f"double-well-{d}", f"double well, {d}-d", _times(1.0, 9), sde, lambda n: 0.3 * torch.randn(n, d), components
     )
 
 
@@ -164,8 +164,8 @@ PROCESSES: dict[str, Callable[[], Process]] = {
     "ou-2": lambda: _ornstein_uhlenbeck(2),
     "ou-10": lambda: _ornstein_uhlenbeck(10),
     "gbm": _geometric,
-    "double-well-1": lambda: _double_well(1),
-    "double-well-2": lambda: _double_well(2),
+    "double-well-1": lambda: _double_well(1, components=24),
+    "double-well-2": lambda: _double_well(2, components=8),
     "ring": _ring,
     "fertility": _fertility,
 }
