@@ -63,7 +63,7 @@ class Config:
     seed: int
     train: int
     test: int
-    weight: float = 0.01
+    weight: float = 0.1
 
 
 @dataclass
@@ -512,7 +512,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="default: matching transitions",
     )  # fmt: skip
     parser.add_argument("--steps", type=positive, default=2000, help="steps (default: 2000)")
-    parser.add_argument("--weight", type=float, default=0.01, help="of the residual (default: 0.01)")
+    parser.add_argument("--weight", type=float, default=0.1, help="of the residual (default: 0.1)")
     parser.add_argument("--seed", nargs="+", type=int, default=list(range(10)), help="seeds (default: 0 to 9)")
     parser.add_argument("--train", type=positive, default=10_000, help="paths to learn from (default: 10000)")
     parser.add_argument("--test", type=positive, default=500, help="paths held out (default: 500)")

@@ -145,8 +145,8 @@ class FokkerPlanckMatching(nn.Module):
     :param density: a module with the methods ``log_prob``, ``derivatives`` and, for a proposal, ``sample``, such as
         :class:`~pyro_hollow.sde.GaussianMixtureMarginals`.
     :param sde: the stochastic differential equation.
-    :param float weight: :math:`\lambda`, in units of time squared. Keep it small: the equation learns from the residual
-        alone, whose scale Adam does not mind, while a large weight bends the density towards what is easy to match.
+    :param float weight: :math:`\lambda`, in units of time squared. A large one bends the density towards what is easy
+        to match, a small one leaves in the equation what is noise in the density. Where g is known, smaller is better.
     :param str where: "data", "proposal" or "both".
     :param float broadening: the standard deviation of the proposal's noise, in standard deviations of the data.
     :raises ValueError: for a weight or broadening that is negative and an unknown place.
@@ -157,7 +157,7 @@ class FokkerPlanckMatching(nn.Module):
         density: nn.Module,
         sde: DiagonalSDE,
         *,
-        weight: float = 0.01,
+        weight: float = 0.1,
         where: str = "both",
         broadening: float = 0.3,
     ) -> None:
