@@ -114,7 +114,7 @@ class GaussianMixtureMarginals(nn.Module):
         \|^2\right) - (\partial_i \ell)^2,`
 
     and :math:`\partial_t \ell` the mean under r of what the components' logarithms change by. All of them together
-    cost about three times the log-density alone: :math:`O(K d)` operations a sample for diagonal precisions,
+    cost two to three times the log-density alone: :math:`O(K d)` operations a sample for diagonal precisions,
     :math:`O(K d^2)` for full ones.
 
     Example usage:
