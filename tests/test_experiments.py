@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import re
+import runpy
 
 import pytest
 import torch
@@ -103,3 +104,12 @@ def test_speed_of_svi_steps():
     assert all(row.count(" ms)") == 2 for row in rows[2:])
     (baseline,) = (row for row in rows if row.startswith("| AutoIAFNormal |"))
     assert baseline.count("1.00 (") == 2
+
+
+def test_list_of_experiments(capsys):
+    runpy.run_module("pyro_hollow.experiments", run_name="__main__")
+    listed = dict(re.findall(r"^(\w+)  +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert {"defaults", "posteriors", "speed", "vae"} <= listed.keys()
+    assert not {"__init__", "__main__", "arguments", "data", "vae_models"} & listed.keys()
+    assert listed["speed"] == speed.__doc__.strip().splitlines()[0]
+    assert all(line.endswith(".") for line in listed.values())  # a whole sentence
