@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # This release has a CPU build on the package index, a tenth of the size of the CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: vae test test-slow lint bench clean
+.PHONY: vae test test-slow lint bench tutorials clean
 
 vae: $(VENV)/vae.done
 	$(BIN)/python -m pyro_hollow.experiments.vae table --data digits
@@ -24,6 +24,9 @@ lint: $(VENV)/lint.done
 
 bench: $(VENV)/vae.done
 	$(BIN)/python -m pyro_hollow.experiments.speed
+
+tutorials: $(VENV)/tutorials.done
+	env -u CI $(BIN)/jupyter execute --inplace tutorials/*.ipynb
 
 clean:
 	rm -rf $(VENV) results
