@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # This release has a CPU build on the package index, a tenth of the size of the CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: vae test test-slow lint bench tutorials clean
+.PHONY: vae test test-slow lint bench tutorials docs clean
 
 vae: $(VENV)/vae.done
 	$(BIN)/python -m pyro_hollow.experiments.vae table --data digits
@@ -28,8 +28,11 @@ bench: $(VENV)/vae.done
 tutorials: $(VENV)/tutorials.done
 	env -u CI $(BIN)/jupyter execute --inplace tutorials/*.ipynb
 
+docs: $(VENV)/docs.done
+	$(BIN)/python -m sphinx -W --keep-going -b html tutorials build/docs
+
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) build results
 
 $(VENV)/python.done:
 	$(PYTHON) -m venv $(VENV)
