@@ -34,7 +34,7 @@ def complaints(notebook):
 
 
 def test_tutorials_are_found():
-    assert len(TUTORIALS) >= 4
+    assert len(TUTORIALS) >= 6
 
 
 def test_form(notebook):
