@@ -183,3 +183,9 @@ def test_samples_of_flow():
     mean = (p * axis[:, 0]).sum()
     assert abs(p.sum() - 1) < 1e-2
     assert abs(x.mean() - mean) < 5 * x.std() / 4000**0.5
+
+
+def test_constant_column_is_named():
+    x = torch.stack([torch.randn(5), torch.ones(5)], dim=-1)
+    with pytest.raises(ValueError, match="column 1 is constant"):
+        GaussianMixtureMarginals(2, 3, (0.0, 1.0)).initialize(x)

@@ -152,3 +152,11 @@ def test_bad_coefficients():
         DiagonalSDE(HollowNN(2), HollowNN(2), min_diffusion=-1.0)
     with pytest.raises(ValueError, match="diffusion must take no context, but takes one of size 3"):
         DiagonalSDE(HollowNN(2), ConditionalHollowNN(2, 3))
+
+
+@pytest.mark.parametrize("g", (0.5, torch.tensor([0.5, 2.0])), ids=("number", "tensor"))
+def test_constant_diffusion(g):
+    x = torch.randn(3, 2)
+    value, *derivatives = DiagonalSDE(HollowNN(2), g).bind().diffusion_derivatives(torch.tensor(0.0), x)
+    assert_close(value, torch.as_tensor(g, dtype=x.dtype).expand(3, 2))
+    assert all(not derivative.any() for derivative in derivatives)

@@ -348,7 +348,7 @@ def test_low_rank_by_hand(rank, hidden_dims, dtype):
             amortized[: rank * (outputs + inputs) + outputs].split([rank * outputs, rank * inputs, outputs]),
             amortized[rank * (outputs + inputs) + outputs :],
         )
-        weight = layer.weight + u.view(outputs, rank) @ v.view(inputs, rank).T
+        weight = layer.weight + u.view(outputs, rank) @ v.view(inputs, rank).T / rank
         h = weight @ torch.cat([h.tanh() if i > 0 else h, t.view(1)]) + b
     assert len(amortized) == 0
     assert_close(network(t, x, context), h)

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from pyro_hollow.ops import RootError, fixed_point, jacobi_newton, jacobian, newton
 
@@ -231,3 +232,33 @@ def test_dense_jacobian():
     assert torch.equal(jacobian(lambda x: torch.ones_like(x), x), torch.zeros(3, 2, 4, 4))
     with pytest.raises(RuntimeError, match="inference_mode"), torch.inference_mode():
         jacobian(problem.residual, x)
+
+
+def test_gradients_are_those_of_the_function_as_it_was():
+    # Called again at the time of the backward pass, all of them would see the last c.
+    a, values = torch.tensor([[2.0]], requires_grad=True), []
+    for c in (1.0, 4.0):
+        values.append(newton(lambda x: c * x**2 - a, torch.ones(1, 1)).value)  # noqa: B023
+    for c, value in zip((1.0, 4.0), values, strict=True):
+        (gradient,) = torch.autograd.grad(value.sum(), a)
+        assert_close(gradient, 1 / (2 * (2.0 * c) ** 0.5) * torch.ones(1, 1))
+
+
+def test_what_has_not_converged_has_no_gradient():
+    q = torch.tensor([[0.5], [0.5]], requires_grad=True)
+    rates = torch.tensor([[3.0], [0.5]])
+    result = fixed_point(lambda x: x - (rates * x + q), torch.zeros(2, 1), throw=False)
+    assert result.converged.tolist() == [False, True]
+    (gradient,) = torch.autograd.grad(result.value.sum(), q)
+    assert_close(gradient, torch.tensor([[0.0], [2.0]]))
+
+
+def test_coordinate_that_is_a_root_may_have_no_slope():
+    result = jacobi_newton(
+        lambda x: (
+            torch.stack([x[..., 0] ** 2 - 2, x[..., 1] ** 3], -1),
+            torch.stack([2 * x[..., 0], 3 * x[..., 1] ** 2], -1),
+        ),
+        torch.tensor([[1.0, 0.0]]),
+    )
+    assert_close(result.value, torch.tensor([[2.0**0.5, 0.0]]))

@@ -65,7 +65,7 @@ def by_loops(flow, context, x):
                 r2[j, i] = matrix[i][j]
     for r in (r1, r2):
         for i in range(m):
-            r[i, i] = torch.tensor(next(params)).tanh()
+            r[i, i] = (1 - 1e-6) * torch.tensor(next(params)).tanh()
     bias = torch.tensor([next(params) for _ in range(m)])
     if flow.kind == "orthogonal":
         columns = []
@@ -479,3 +479,12 @@ def test_batches_that_do_not_broadcast(shape):
 @pytest.mark.parametrize("input_dim, expected", [(3, 3), (64, 8)])
 def test_default_number_of_vectors(input_dim, expected):
     assert conditional_sylvester(input_dim, 2).num_vectors == expected
+
+
+def test_log_determinant_of_saturated_diagonals_is_finite():
+    # In float32 the tanh of 10 is 1, and -1 their product.
+    params = [torch.full((n,), value) for n, value in zip((2, 1, 1, 1, 1), (1.0, 0.0, 10.0, -10.0, 0.0), strict=True)]
+    flow = ConditionalSylvester(2, nn.Identity(), 1)
+    transform = flow.condition(torch.cat(params).float())
+    x = torch.zeros(2, dtype=torch.float32)
+    assert transform.log_abs_det_jacobian(x, transform(x)).isfinite()

@@ -41,7 +41,7 @@ from pyro.infer.autoguide import (
 )
 from tqdm.auto import tqdm
 
-from pyro_hollow.experiments.arguments import positive
+from pyro_hollow.experiments.arguments import positive, write
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.posterior_models import POSTERIORS, Posterior, load
@@ -229,7 +229,7 @@ def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, fo
         np.savez_compressed(stem.with_suffix(".npz"), **judge(posterior, guide, num_samples, result))  # type: ignore[arg-type]
     except (ValueError, SolverError) as error:  # a guide that diverges is a finding; Pyro says ValueError of NaN
         result.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    stem.with_suffix(".json").write_text(json.dumps(asdict(result)))
+    write(stem.with_suffix(".json"), json.dumps(asdict(result)))
     return result
 
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_hollow.experiments.arguments import positive
+from pyro_hollow.experiments.arguments import positive, write
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.sde_processes import PROCESSES, Process, load
@@ -291,7 +291,7 @@ def run(process: Process, config: Config, folder: Path, force: bool = False) -> 
     if density is not None and dim == 2:
         arrays["grid"], arrays["values"] = _on_grid(density, scale, test, process.times)
     np.savez_compressed(_file(folder, config, ".npz"), **arrays)  # type: ignore[arg-type]
-    path.write_text(json.dumps(asdict(result)))
+    write(path, json.dumps(asdict(result)))
     return result
 
 
@@ -533,7 +533,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_flush_denormal(True)  # responsibilities of far components
     tables: dict[str, Runs] = {}
     try:
-        for process in map(load, args.process):
+        for process in [load(name) for name in args.process]:  # all of them, before anything takes time
             configs = {
                 method: [
                     Config(process.name, method, args.steps, seed, args.train, args.test, args.weight)

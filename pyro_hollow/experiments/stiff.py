@@ -34,7 +34,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hollow.experiments.arguments import positive
+from pyro_hollow.experiments.arguments import positive, write
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.stiff_problems import PROBLEMS, Problem, follow_stiff_field, linear, load
 from pyro_hollow.nn import HollowNN
@@ -204,7 +204,7 @@ def reference_of(name: str, folder: Path, force: bool) -> np.ndarray:
     method, tolerance = ("LSODA", 1e-11) if problem.x.shape[-1] > 100 else ("Radau", 1e-10)
     found, _ = scipy_solve(problem, method, tolerance)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found.y[:, -1].tolist()))
+    write(path, json.dumps(found.y[:, -1].tolist()))
     return found.y[:, -1]
 
 
@@ -224,7 +224,7 @@ def run(problem: Problem, config: Config, reference: np.ndarray, folder: Path, f
         if saved["config"] == asdict(config):
             return Result(**{**saved, "config": config})
     result = solve(problem, config, reference)
-    path.write_text(json.dumps(asdict(result)))
+    write(path, json.dumps(asdict(result)))
     return result
 
 
@@ -268,7 +268,7 @@ def format_table(title: str, runs: Runs, tolerance: float) -> str:
         found = [r for r in results if r.config.tolerance == tolerance]
         if not found or found[0].failure:
             # What failed at a looser tolerance was not asked for this one.
-            lines.append(f"| {solver} | - | more than {results[-1].config.max_nfe:,} | - | - | - | - | - |")
+            lines.append(f"| {solver} | - | {_cut(results[-1])} | - | - | - | - | - |")
             continue
         (r,) = found
         steps = f"{r.steps} ({r.rejected})" if r.steps else "-"
@@ -277,6 +277,12 @@ def format_table(title: str, runs: Runs, tolerance: float) -> str:
             f"{steps} | {r.seconds:.2f} |"
         )
     return "\n".join(lines)
+
+
+def _cut(result: Result) -> str:
+    """Why a run did not reach the end, in short."""
+    limit = result.config.max_nfe
+    return f"more than {limit:,}" if f"{limit}" in result.failure or "max_nfe" in result.failure else "failed"
 
 
 def summarise(tables: dict[str, Runs], tolerance: float) -> str:
@@ -526,7 +532,7 @@ def _kept_training(kind: str, args: argparse.Namespace) -> Training:
         if set(found.evaluations) == set(names):
             return found
     found = train(kind, args.steps, names, args.show)
-    path.write_text(json.dumps(asdict(found)))
+    write(path, json.dumps(asdict(found)))
     return found
 
 

@@ -34,7 +34,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from pyro_hollow.experiments.arguments import not_negative, positive
+from pyro_hollow.experiments.arguments import not_negative, positive, write
 from pyro_hollow.experiments.data import BINARIZATIONS, DATASETS, DataError, Images, load_images
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.vae_models import CONTINUOUS, FLOWS, NETWORKS, VAE
@@ -74,7 +74,7 @@ class Result:
         return self.history[-1]["seconds"] / len(self.history)
 
 
-def train(configs: Sequence[Config], images: Images, output: Path, force: bool, **options: Any) -> None:
+def train(configs: Sequence[Config], images: Images, output: Path, force: bool, **options: Any) -> dict[Config, str]:
     """
     Trains what is not complete yet; a run that fails does not stop the others.
 
@@ -83,26 +83,24 @@ def train(configs: Sequence[Config], images: Images, output: Path, force: bool, 
     :param ~pathlib.Path output: the folder of all runs.
     :param bool force: to begin anew what is there.
     :param options: for :class:`lightning.Trainer`.
-    :raises SolverError: after the other runs, if one of them failed.
+    :returns: the runs that failed, with what was said of it.
     :raises DataError: if a folder holds a run with other settings.
     """
     # Looked up before the first one starts, as with several processes all of them have to do the same.
     pending = [config for config in configs if not _is_complete(config, _folder(output, config), force)]
-    failure = None
+    failures: dict[Config, str] = {}
     for config in pending:
         folder = _folder(output, config)
         print(f"{config.flow}, seed {config.seed}: {folder}", file=sys.stderr)
         try:
             task = fit(config, images, folder, **options)
-        except SolverError as error:
-            print(f"{config.flow}, seed {config.seed} failed: {error}", file=sys.stderr)
-            failure = error
+        except (SolverError, ValueError) as error:  # a ValueError is Pyro's, of parameters that are not finite
+            failures[config] = str(error).partition("\n")[0]
             continue
         if task.global_rank == 0:
             parameters = sum(p.numel() for p in task.vae.parameters())
-            _write(folder / "training.json", Result(config, parameters, task.history))
-    if failure is not None:
-        raise failure
+            write(folder / "training.json", json.dumps(asdict(Result(config, parameters, task.history)), indent=1))
+    return failures
 
 
 def _folder(output: Path, config: Config) -> Path:
@@ -117,7 +115,7 @@ def _is_complete(config: Config, folder: Path, force: bool) -> bool:
         for name in ("last.ckpt", "best.ckpt", "training.json", "estimate.json"):
             (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(kept, config)
+        write(kept, json.dumps(asdict(config), indent=1))
     settings = json.loads(kept.read_text())
     if settings != asdict(config):
         names = [name for name, value in asdict(config).items() if settings.get(name) != value]
@@ -126,13 +124,6 @@ def _is_complete(config: Config, folder: Path, force: bool) -> bool:
             "--force"
         )
     return complete.exists()
-
-
-def _write(path: Path, content: Any) -> None:
-    """By way of another file, so that what is there is complete."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(asdict(content), indent=1))
-    draft.replace(path)
 
 
 def load(config: Config, output: Path, images: Images) -> tuple[VAE, Result]:
@@ -170,7 +161,7 @@ def evaluate(config: Config, output: Path, images: Images, device: torch.device,
     vae.to(device)
     result.estimate = estimate(vae, images.test.to(device), **settings)
     draw_images(vae, images, folder, device)
-    kept.write_text(json.dumps({"settings": settings, "estimate": asdict(result.estimate)}, indent=1))
+    write(kept, json.dumps({"settings": settings, "estimate": asdict(result.estimate)}, indent=1))
     return result
 
 
@@ -341,7 +332,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--devices", type=positive, default=1, help="their number (default: 1)")
     add("--num-nodes", type=positive, default=1, help="machines (default: 1)")
     add("--strategy", default="auto", help="of Lightning's Trainer, such as ddp (default: auto)")
-    add("--precision", choices=("32-true", "64-true"), default="32-true", help="of numbers (default: 32-true)")
     add("--config", type=Path, help="YAML file with options")
     return parser
 
@@ -406,11 +396,16 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
             print(gradients(configs, args.output, images, device))
             return []
         options = {name: getattr(args, name) for name in ("accelerator", "devices", "num_nodes", "strategy")}
-        train(configs, images, args.output, args.force, precision=args.precision, **options)
+        failures = train(configs, images, args.output, args.force, **options)
         if getattr(rank_zero_only, "rank", 0) != 0:
             return []  # one process is enough for the test
         settings = {"num_samples": args.num_samples, "nll_images": args.nll_images}
-        results = [evaluate(config, args.output, images, device, **settings) for config in configs]
+        for config, failure in failures.items():
+            print(f"{config.flow}, seed {config.seed} failed: {failure}", file=sys.stderr)
+        complete = [config for config in configs if config not in failures]
+        if not complete:
+            parser.exit(1, "no run is complete\n")
+        results = [evaluate(config, args.output, images, device, **settings) for config in complete]
     except (DataError, OSError) as error:
         parser.error(str(error))
     table = format_table(results)

@@ -58,9 +58,11 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     """
     if (corrector := options.get("corrector", "newton")) not in CORRECTORS:
         raise ValueError(f"options['corrector'] must be one of {sorted(CORRECTORS)}, but got {corrector!r}")
-    for name in ("first_step", "max_iterations"):
-        if not options.get(name, 1) > 0:
-            raise ValueError(f"options[{name!r}] must be positive, but got {options[name]}")
+    if not options.get("first_step", 1) > 0:
+        raise ValueError(f"options['first_step'] must be positive, but got {options['first_step']}")
+    iterations = options.get("max_iterations", 1)
+    if not (isinstance(iterations, int) and iterations > 0):
+        raise ValueError(f"options['max_iterations'] must be a positive whole number, but got {iterations!r}")
     _make_method(method, options)
 
 
@@ -332,7 +334,8 @@ class _Search:
         scale = solver.atol + solver.rtol * torch.maximum(start.abs(), history[0].abs())
         changes = {k: _change(self._equation.norm(error / scale), k) for k, error in errors.items()}
         if not changes[step.order] >= _SAFETY:
-            return _Outcome(None, step.order, max(0.2, changes[step.order]))
+            finite = changes[step.order] > 0
+            return _Outcome(None, step.order, max(0.2, changes[step.order]), "underflow" if finite else "non-finite")
         order = max(changes, key=changes.__getitem__)
         change = min(10.0, changes[order], corrector.longest)
         # Small changes are not worth a new factorisation, nor a history of unequal steps.
@@ -351,12 +354,15 @@ class _Search:
             return math.copysign(min(length, solver.options["first_step"]), t1 - t0)
         scale = solver.atol + solver.rtol * y.abs()
         size, first = norm(y / scale), norm(slope / scale)
+        if not math.isfinite(first):
+            raise self._monitor.failure("non-finite")
         h = min(length, 1e-6 if min(size, first) < 1e-5 else 0.01 * size / first)
+        h = max(h, 16 * torch.finfo(y.dtype).eps * length)
         signed = math.copysign(h, t1 - t0)
         second = norm((self._equation.slope(t0 + signed, y + signed * slope) - slope) / scale) / h
         steepest = max(first, second)
         best = max(1e-6, h * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / (self._method.first_order + 1))
-        return math.copysign(min(length, 100 * h, best if math.isfinite(best) else h), t1 - t0)
+        return math.copysign(min(length, 100 * h, best if math.isfinite(best) and best > 0 else h), t1 - t0)
 
 
 def _change(error: float, order: int) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -217,11 +217,12 @@ def _difference(rows: list[Tensor], top: int, value: Tensor, bottom: int) -> lis
 
 def _respace(rows: Tensor, factor: float) -> Tensor:
     """Backward differences of the same polynomial for a spacing that is longer by a factor."""
-    weights = torch.tensor(_respacing(len(rows), factor), dtype=rows.dtype, device=rows.device)
-    return torch.tensordot(weights, rows, dims=1)
+    weights = rows.new_tensor(_respacing(len(rows), factor))
+    # Not as a matrix product, which autocast and TF32 would round.
+    return (weights.view(*weights.shape, *(1,) * (rows.dim() - 1)) * rows).sum(1)
 
 
-@cache
+@lru_cache(64)
 def _respacing(size: int, factor: float) -> list[list[float]]:
     # p(-s) = sum_j C(j - 1 - s, j) D_j in units of the old spacing, and D'_i = sum_m (-1)^m C(i, m) p(-m factor).
     def basis(s: float, j: int) -> float:

@@ -46,11 +46,11 @@ class SolverStats:
     """
     What a solve cost.
 
-    :ivar nfe: evaluations of the vector field in the forward solve.
+    :ivar nfe: evaluations of the vector field in the forward solve; of implicit methods with gradients by
+        backpropagation, those of the replay of their steps included.
     :ivar accepted: accepted steps.
     :ivar rejected: rejected steps; 0 for methods of fixed step.
-    :ivar nfe_backward: evaluations in the backward solve of the adjoint method, so far; of implicit methods, in any
-        backward pass.
+    :ivar nfe_backward: evaluations in the backward pass of the adjoint method, so far.
     :ivar diagonals: evaluations, among all of them, that also gave the diagonal of the Jacobian.
     :ivar jacobians: dense Jacobians of implicit methods, by d backward passes each.
     :ivar fallbacks: equations that dense Newton had to solve for Jacobi-Newton.

@@ -100,6 +100,7 @@ def time_derivative(field: FieldFunction, t: Tensor, x: Tensor) -> tuple[Tensor,
     :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
     :param Tensor x: positions with shape ``(*, d)``.
     :returns: the value and its derivative, of the same shape; differentiable where gradients are enabled.
+    :raises RuntimeError: for a function that has no forward mode, as a solve of torchdiffeq, and so a flow, has none.
 
     Example usage:
 
@@ -107,6 +108,7 @@ def time_derivative(field: FieldFunction, t: Tensor, x: Tensor) -> tuple[Tensor,
     >>> rate.tolist()
     [6.0, 12.0]
     """
+    t = t.to(x.dtype)
     return cast(tuple[Tensor, Tensor], torch.func.jvp(lambda time: field(time, x), (t,), (torch.ones_like(t),)))
 
 
@@ -150,7 +152,7 @@ def differential_operator(
     >>> round(net(torch.tensor(1.), torch.tensor([torch.pi / 2])).item(), 1)  # exp(-1/4) = 0.78
     0.8
     """
-    if not coefficients:
+    if len(coefficients) == 0:
         raise ValueError("coefficients must hold one or more of a_0, ..., a_K, but got none")
     value, *derivatives = field_derivatives(field, t, x, len(coefficients) - 1)
     total = coefficients[0] * value

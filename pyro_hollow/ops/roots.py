@@ -59,7 +59,8 @@ class RootResult:
     """
     Where an iteration has led.
 
-    :ivar value: the roots with shape ``(*, d)``; of a sample that has not converged, the last finite iterate.
+    :ivar value: the roots with shape ``(*, d)``; of a sample that has not converged, the last finite iterate, without
+        gradients.
     :ivar iterations: of each sample, with shape ``(*,)``.
     :ivar converged: whether each sample has converged.
     :ivar rate: by what factor the last update of each sample was smaller than the one before; 0 if there was only one,
@@ -198,7 +199,8 @@ class _Jacobi:
         if self._first is None:
             self._first = diagonal
         safe = torch.where(diagonal / self._first > _SAFE, diagonal, self._first)
-        return torch.where(safe.isfinite(), -f / safe, math.inf)  # which it also is where the first was 0
+        # The ratio is not finite where the first diagonal was 0; a coordinate that is a root already may stay.
+        return torch.where(f == 0, 0.0, torch.where(safe.isfinite(), -f / safe, math.inf))
 
 
 def _iterate(
@@ -274,7 +276,11 @@ def _finish(function: Callable[[Tensor], tuple[Tensor, Tensor | None]], result: 
             "closer to the root, raise max_iterations or tolerance, lower damping, or use newton",
             result=result,
         )
-    value = attach(function(result.value)[0], result.value, function) if torch.is_grad_enabled() else result.value
+    if not torch.is_grad_enabled():
+        return result
+    value = attach(function(result.value)[0], result.value, function)
+    # What is no root has no derivative.
+    value = torch.where(result.converged.unsqueeze(-1), value, result.value)
     return RootResult(value, result.iterations, result.converged, result.rate)
 
 
@@ -286,35 +292,35 @@ def attach(residual: Tensor, root: Tensor, function: Callable[[Tensor], tuple[Te
     :param Tensor residual: F at the root, attached to all that it depends on but the root.
     :param Tensor root: the root with shape ``(*, d)``.
     :param function: maps x to F, or what of it depends on x, and to the diagonal of its Jacobian or, for a dense solve,
-        None; it is called in the backward pass.
+        None; it is called at once, as what it depends on may be another thing at the time of the backward pass.
     :returns: a tensor equal to the root; without gradients if the residual has none.
     """
     if not residual.requires_grad:
         return root
+    with torch.enable_grad():
+        x = root.detach().requires_grad_()
+        f, diagonal = function(x)
 
     def pull(gradient: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise RuntimeError("gradients of a root cannot be differentiated again (create_graph=True)")
-        return _solve_transposed(function, root, gradient)
+        return _solve_transposed(f, x, None if diagonal is None else diagonal.detach(), gradient)
 
     attached = root - (residual - residual.detach())
     attached.register_hook(pull)
     return attached
 
 
-def _solve_transposed(
-    function: Callable[[Tensor], tuple[Tensor, Tensor | None]], root: Tensor, gradient: Tensor
-) -> Tensor:
-    with torch.enable_grad():
-        x = root.detach().requires_grad_()
-        f, diagonal = function(x)
+def _solve_transposed(f: Tensor, x: Tensor, diagonal: Tensor | None, gradient: Tensor) -> Tensor:
+    def product(v: Tensor) -> Tensor:
+        return torch.autograd.grad(f, x, v, retain_graph=True, materialize_grads=True)[0]
+
     if diagonal is not None:
-        diagonal = diagonal.detach()
-        small = torch.finfo(x.dtype).eps ** (2 / 3) * _norm(gradient, None)
+        finfo = torch.finfo(x.dtype)
+        small = (finfo.eps ** (2 / 3) * _norm(gradient, None)).clamp_min(finfo.tiny)
         v, last = gradient / diagonal, math.inf
         for _ in range(100):
-            (product,) = torch.autograd.grad(f, x, v, retain_graph=True)
-            rest = gradient - product
+            rest = gradient - product(v)
             size = _norm(rest, None)
             if bool((size <= small).all()):
                 return v
@@ -323,5 +329,8 @@ def _solve_transposed(
             if not worst < last:
                 break
             v, last = v + rest / diagonal, worst
-    dense = jacobian(lambda x: function(x)[0], root)
-    return torch.linalg.solve(dense.mT, gradient.unsqueeze(-1)).squeeze(-1)
+    basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    dense = torch.stack([product(row.expand_as(x)) for row in basis], dim=-2)
+    # A sample without a gradient, such as one that has not converged, may have a singular Jacobian.
+    used = (gradient != 0).any(-1)[..., None, None]
+    return torch.linalg.solve(torch.where(used, dense, basis).mT, gradient.unsqueeze(-1)).squeeze(-1)

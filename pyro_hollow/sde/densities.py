@@ -170,9 +170,12 @@ class GaussianMixtureMarginals(nn.Module):
         k, d = self.num_components, self.input_dim
         if x.dim() != 2 or x.shape[-1] != d or len(x) < 2:
             raise ValueError(f"x must have shape (n, {d}) with n of at least 2, but got {tuple(x.shape)}")
+        spread = x.std(0)
+        if not bool((spread > 0).all()):
+            raise ValueError(f"x must vary in every column, but column {int((spread > 0).int().argmin())} is constant")
         bias = self.curve.bias.view(k, -1)
         bias[:, 1 : 1 + d] = x[torch.randint(len(x), (k,))] if k > 1 else x.mean(0)
-        bias[:, 1 + d : 1 + 2 * d] = -(x.std(0) / k ** (1 / d)).log()
+        bias[:, 1 + d : 1 + 2 * d] = -(spread / k ** (1 / d)).log()
 
     def log_prob(self, t: Tensor, x: Tensor) -> Tensor:
         """
@@ -279,7 +282,8 @@ class FlowMarginals(nn.Module):
 
     :param flow: a conditional flow of Pyro, such as :class:`~pyro_hollow.ConditionalHollowCNF`; its ``condition`` gets
         times with shape ``(*, 1)``.
-    :param base: the base distribution, whose event shape is ``(d,)``.
+    :param base: the base distribution, whose event shape is ``(d,)``; made on the device of the flow, as no
+        distribution moves with a module.
     """
 
     def __init__(self, flow: ConditionalTransformModule, base: Distribution) -> None:

@@ -65,6 +65,22 @@ class BoundSDE:
         return field_derivatives(self.diffusion, t, x, order)
 
 
+class _Constant(nn.Module):
+    """A constant field."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.value.to(x.dtype).expand_as(x)
+
+    def dimwise_derivatives(self, t: Tensor, x: Tensor, order: int) -> tuple[Tensor, ...]:
+        return self(t, x), *[torch.zeros_like(x)] * order
+
+
 class DiagonalSDE(nn.Module):
     r"""
     An Ito stochastic differential equation with diagonal noise,
@@ -86,8 +102,9 @@ class DiagonalSDE(nn.Module):
 
     :param drift: f, a :class:`~pyro_hollow.nn.HollowNN` or any function or module of t and x with shape ``(*, d)`` that
         returns ``(*, d)``, sample by sample; t is a scalar or one time per sample.
-    :param diffusion: g. Of a HollowNN, :math:`g = \text{softplus}(\text{net}) + \text{min_diffusion}`, which is
-        positive; any other function is used as it is (only :math:`g^2` matters to the law of x, so its sign is free).
+    :param diffusion: g, or a number or tensor for a constant one. Of a HollowNN, :math:`g = \text{softplus}(\text{net})
+        + \text{min_diffusion}`, which is positive; any other function is used as it is (only :math:`g^2` matters to the
+        law of x, so its sign is free).
     :param float min_diffusion: the smallest g of a network, in units of x per square root of time.
     :raises ValueError: if min_diffusion is negative, or a network takes a context.
     """
@@ -96,7 +113,11 @@ class DiagonalSDE(nn.Module):
     sde_type = "ito"
 
     def __init__(
-        self, drift: nn.Module | Coefficient, diffusion: nn.Module | Coefficient, *, min_diffusion: float = 1e-3
+        self,
+        drift: nn.Module | Coefficient,
+        diffusion: nn.Module | Coefficient | Tensor | float,
+        *,
+        min_diffusion: float = 1e-3,
     ) -> None:
         super().__init__()
         if not min_diffusion >= 0:
@@ -104,6 +125,8 @@ class DiagonalSDE(nn.Module):
         for name, net in (("drift", drift), ("diffusion", diffusion)):
             if isinstance(net, ConditionalHollowNN) and net.context_dim:
                 raise ValueError(f"{name} must take no context, but takes one of size {net.context_dim}")
+        if not callable(diffusion):
+            diffusion = _Constant(torch.as_tensor(diffusion))
         self.drift = drift
         self.diffusion = diffusion
         self.min_diffusion = min_diffusion

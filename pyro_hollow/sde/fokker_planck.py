@@ -132,7 +132,7 @@ class FokkerPlanckMatching(nn.Module):
     Where the residual is taken decides where the equation is learned:
 
     - "data": at the samples; nothing is asked at times between those of the data.
-    - "proposal": at times drawn uniformly from the data's range and positions drawn from the learned density (whose
+    - "proposal": at times drawn uniformly from the batch's range and positions drawn from the learned density (whose
       method ``sample`` they come from), spread by Gaussian noise.
     - "both": half of the terms each.
 
@@ -148,7 +148,7 @@ class FokkerPlanckMatching(nn.Module):
     :param float weight: :math:`\lambda`, in units of time squared. A large one bends the density towards what is easy
         to match, a small one leaves in the equation what is noise in the density. Where g is known, smaller is better.
     :param str where: "data", "proposal" or "both".
-    :param float broadening: the standard deviation of the proposal's noise, in standard deviations of the data.
+    :param float broadening: the standard deviation of the proposal's noise, in standard deviations of the batch.
     :raises ValueError: for a weight or broadening that is negative and an unknown place.
     """
 
@@ -181,6 +181,7 @@ class FokkerPlanckMatching(nn.Module):
         """
         if x.dim() != 2 or t.shape != x.shape[:1]:
             raise ValueError(f"t and x must have shapes (n,) and (n, d), but got {tuple(t.shape)} and {tuple(x.shape)}")
+        t = t.to(x.dtype)
         n, places = len(x), [(t, x)]
         if self.where != "data":
             places.append(self._propose(t, x))
@@ -198,7 +199,7 @@ class FokkerPlanckMatching(nn.Module):
         start, end = t.min(), t.max()
         times = start + (end - start) * torch.rand_like(t)
         points = self.density.sample(times)
-        return times, points + self.broadening * x.std(0) * torch.randn_like(points)
+        return times, points + self.broadening * x.std(0, correction=0) * torch.randn_like(points)
 
 
 def fit(
@@ -223,7 +224,10 @@ def fit(
     :param float lr: the learning rate at the start.
     :param progress: called after each step with its number, from 1, and the loss before it.
     :raises ArithmeticError: if the loss is not finite.
+    :raises ValueError: if t and x differ in length.
     """
+    if len(t) != len(x):
+        raise ValueError(f"t and x must hold as many samples, but got {len(t)} and {len(x)}")
     optimizer = torch.optim.Adam(matching.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):

@@ -77,10 +77,10 @@ class LowRankFreeFormNN(nn.Module):
     A dense network of time and state each of whose layers the context changes, by a matrix of low rank and a bias, as
     in the variational autoencoders of FFJORD,
 
-        :math:`y = (W + U(\mathbf{c}) V(\mathbf{c})^T) [x, t] + b(\mathbf{c})`
+        :math:`y = \left(W + \tfrac{1}{r} U(\mathbf{c}) V(\mathbf{c})^T\right) [x, t] + b(\mathbf{c})`
 
-    where U, V and b are linear functions of the context. They are computed once per solve, by :meth:`bind`; for a
-    hidden layer of width w they take about 2 w rank numbers a sample.
+    where r is the rank, and U, V and b are linear functions of the context. They are computed once per solve, by
+    :meth:`bind`; for a hidden layer of width w they take about 2 w r numbers a sample.
 
     :param int input_dim: Dimension of the state
     :param int context_dim: Dimension of the context
@@ -145,7 +145,7 @@ class _LowRankField:
     def __init__(self, network: LowRankFreeFormNN, amortized: Sequence[Tensor]) -> None:
         self._network = network
         self._amortized = [
-            (u.unflatten(-1, (-1, network.rank)), v.unflatten(-1, (-1, network.rank)), b)
+            (u.unflatten(-1, (-1, network.rank)) / network.rank, v.unflatten(-1, (-1, network.rank)), b)
             for u, v, b in zip(amortized[::3], amortized[1::3], amortized[2::3], strict=True)
         ]
         self.tensors = (*network.layers.parameters(), *amortized)

@@ -293,8 +293,10 @@ class ConditionalSylvester(ConditionalTransformModule):
         vectors, matrix, diagonal1, diagonal2, bias = params.split(self.param_dims, dim=-1)
         vectors = vectors.unflatten(-1, (self.input_dim, self.num_vectors))
         matrix = matrix.unflatten(-1, (bias.shape[-1], bias.shape[-1]))
-        r1 = matrix.triu(1) + diagonal1.tanh().diag_embed()
-        r2 = matrix.mT.triu(1) + diagonal2.tanh().diag_embed()
+        # Short of 1, which tanh reaches in floating point: their product must stay above -1.
+        diagonal1, diagonal2 = ((1 - 1e-6) * diagonal.tanh() for diagonal in (diagonal1, diagonal2))
+        r1 = matrix.triu(1) + diagonal1.diag_embed()
+        r2 = matrix.mT.triu(1) + diagonal2.diag_embed()
         return KINDS[self.kind](vectors), r1, r2, bias
 
 
