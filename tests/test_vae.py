@@ -308,8 +308,8 @@ def test_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
         return fit(config, *args, **kwargs)
 
     monkeypatch.setattr(vae, "fit", fail)
-    with pytest.raises(SolverError, match="too stiff"):
-        vae.main(command(tmp_path, "none", "planar", "householder"))
+    results = vae.main(command(tmp_path, "none", "planar", "householder"))
+    assert [result.config.flow for result in results] == ["none", "householder"]
     assert "planar, seed 0 failed: too stiff" in capsys.readouterr().err
     trained = [(tmp_path / "digits" / f"{flow}-0" / "training.json").exists() for flow in ("none", "householder")]
     assert trained == [True, True]
@@ -564,9 +564,9 @@ def test_format_table():
     assert all(line.count("|") == header.count("|") for line in (rule, *rows))
     # The standard deviations of 10, 11, 13 and of 8, 8.5, 8.25 are sqrt(7 / 3) and 1 / 4.
     assert rows == [
-        "| none | 20.00 | 19.50 | 1 | 10 | 10 | - | 1,234,567 |",
-        "| hollow | 11.33 ± 1.53 | 8.25 ± 0.25 | 3 | 10 to 12 | 30 | 13 / 30 | 1,234,567 |",
-        "| iaf | 15.00 | - | 1 | 7 | 10 | - | 1,234,567 |",
+        "| none | 20.00 | 19.50 | 1 | 10 | 10.0 | - | 1,234,567 |",
+        "| hollow | 11.33 ± 1.53 | 8.25 ± 0.25 | 3 | 10 to 12 | 30.0 | 13 / 30 | 1,234,567 |",
+        "| iaf | 15.00 | - | 1 | 7 | 10.0 | - | 1,234,567 |",
     ]
 
 
