@@ -175,7 +175,9 @@ def test_tables_and_figure_of_all_runs(trained):
 def test_kept_model_is_the_one_that_was_tested(flow, trained):
     result = trained.results[flow]
     images = vae.load_images("digits")
-    model, again = vae.load(result.config, trained.folder.parent, images)
+    model = vae.load(result.config, trained.folder.parent, images)
+    settings = {"num_samples": 3, "nll_images": None}
+    again = vae.evaluate(result.config, trained.folder.parent, images, torch.device("cpu"), **settings)
     assert result.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert (again.history, again.parameters) == (result.history, result.parameters)
     # Random numbers are those of the test, whatever was drawn before.

@@ -41,9 +41,10 @@ from pyro.infer.autoguide import (
 )
 from tqdm.auto import tqdm
 
-from pyro_hollow.experiments.arguments import positive, write
+from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.figures import pyplot
+from pyro_hollow.experiments.files import write
 from pyro_hollow.experiments.posterior_models import POSTERIORS, Posterior, load
 from pyro_hollow.infer import AutoHollowCNF, diagnose
 from pyro_hollow.ode import Solver, SolverError

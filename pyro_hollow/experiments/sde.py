@@ -38,9 +38,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_hollow.experiments.arguments import positive, write
+from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.figures import pyplot
+from pyro_hollow.experiments.files import write
 from pyro_hollow.experiments.sde_processes import PROCESSES, Process, load
 from pyro_hollow.experiments.two_sample import energy_distance, energy_test, sliced_wasserstein
 from pyro_hollow.nn import HollowNN

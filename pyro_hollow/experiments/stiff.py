@@ -34,8 +34,9 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hollow.experiments.arguments import positive, write
+from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.figures import pyplot
+from pyro_hollow.experiments.files import write
 from pyro_hollow.experiments.stiff_problems import PROBLEMS, Problem, follow_stiff_field, linear, load
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ode import Solver, SolverError

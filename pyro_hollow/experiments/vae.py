@@ -34,9 +34,10 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from pyro_hollow.experiments.arguments import not_negative, positive, write
+from pyro_hollow.experiments.arguments import not_negative, positive
 from pyro_hollow.experiments.data import BINARIZATIONS, DATASETS, DataError, Images, load_images
 from pyro_hollow.experiments.figures import pyplot
+from pyro_hollow.experiments.files import write
 from pyro_hollow.experiments.vae_models import CONTINUOUS, FLOWS, NETWORKS, VAE
 from pyro_hollow.experiments.vae_training import Config, Estimate, estimate, fit, gradient_variance, make_vae
 from pyro_hollow.ode import SolverError
@@ -87,7 +88,7 @@ def train(configs: Sequence[Config], images: Images, output: Path, force: bool, 
     :raises DataError: if a folder holds a run with other settings.
     """
     # Looked up before the first one starts, as with several processes all of them have to do the same.
-    pending = [config for config in configs if not _is_complete(config, _folder(output, config), force)]
+    pending = [config for config in configs if not _prepare(config, _folder(output, config), force)]
     failures: dict[Config, str] = {}
     for config in pending:
         folder = _folder(output, config)
@@ -107,10 +108,9 @@ def _folder(output: Path, config: Config) -> Path:
     return output / config.data / f"{config.flow}-{config.seed}"
 
 
-def _is_complete(config: Config, folder: Path, force: bool) -> bool:
-    """Whether there is nothing left to train; sees to it that nothing of other settings is mixed in or lost."""
+def _prepare(config: Config, folder: Path, force: bool) -> bool:
+    """Sees to it that nothing of other settings is mixed in or lost; tells whether there is nothing left to train."""
     kept = folder / "config.json"
-    complete = folder / "training.json"
     if force or not kept.exists():
         for name in ("last.ckpt", "best.ckpt", "training.json", "estimate.json"):
             (folder / name).unlink(missing_ok=True)
@@ -123,23 +123,21 @@ def _is_complete(config: Config, folder: Path, force: bool) -> bool:
             f"{folder} holds a run with other settings ({', '.join(names)}): choose another --output, or lose it by "
             "--force"
         )
-    return complete.exists()
+    return (folder / "training.json").exists()
 
 
-def load(config: Config, output: Path, images: Images) -> tuple[VAE, Result]:
+def load(config: Config, output: Path, images: Images) -> VAE:
     """
-    The model of the best epoch, and what its training measured.
+    The model of the best epoch.
 
     :param Config config: the settings.
     :param ~pathlib.Path output: the folder of all runs.
     :param Images images: the data.
     """
-    folder = _folder(output, config)
-    content = json.loads((folder / "training.json").read_text())
     vae = make_vae(config, images.train.shape[1])
-    state = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    state = torch.load(_folder(output, config) / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     vae.load_state_dict({name.removeprefix("vae."): value for name, value in state.items() if name.startswith("vae.")})
-    return vae, Result(config, content["parameters"], content["history"])
+    return vae
 
 
 def evaluate(config: Config, output: Path, images: Images, device: torch.device, **settings: Any) -> Result:
@@ -152,13 +150,14 @@ def evaluate(config: Config, output: Path, images: Images, device: torch.device,
     :param ~torch.device device: where to compute.
     :param settings: for :func:`~pyro_hollow.experiments.vae_training.estimate`.
     """
-    vae, result = load(config, output, images)
     folder = _folder(output, config)
+    training = json.loads((folder / "training.json").read_text())
+    result = Result(config, training["parameters"], training["history"])
     kept = folder / "estimate.json"
     if kept.exists() and (content := json.loads(kept.read_text()))["settings"] == settings:
         result.estimate = Estimate(**content["estimate"])
         return result
-    vae.to(device)
+    vae = load(config, output, images).to(device)
     result.estimate = estimate(vae, images.test.to(device), **settings)
     draw_images(vae, images, folder, device)
     write(kept, json.dumps({"settings": settings, "estimate": asdict(result.estimate)}, indent=1))
@@ -275,7 +274,7 @@ def gradients(configs: Sequence[Config], output: Path, images: Images, device: t
         "|---|---|---|---|---|---|",
     ]
     for config in configs:
-        models = [make_vae(config, x.shape[1]), load(config, output, images)[0]]
+        models = [make_vae(config, x.shape[1]), load(config, output, images)]
         variances = [f"{value:.3g}" for vae in models for value in gradient_variance(vae.to(device), x)]
         lines.append(f"| {config.flow} | {config.seed} | {' | '.join(variances)} |")
     return "\n".join(lines)
