@@ -7,7 +7,7 @@ import runpy
 import pytest
 import torch
 
-from pyro_hollow.experiments import defaults, speed
+from pyro_hollow.experiments import defaults, overview, speed
 from pyro_hollow.nn import HollowNN
 
 
@@ -104,6 +104,23 @@ def test_speed_of_svi_steps():
     assert all(row.count(" ms)") == 2 for row in rows[2:])
     (baseline,) = (row for row in rows if row.startswith("| AutoIAFNormal |"))
     assert baseline.count("1.00 (") == 2
+
+
+def test_overview(tmp_path):
+    pytest.importorskip("matplotlib")
+    whole, diagonal, hollow = overview.split(overview.train(defaults.bent, 3, steps=5), torch.randn(3))
+    torch.testing.assert_close(diagonal + hollow, whole)
+    torch.testing.assert_close(hollow.diagonal(), torch.zeros(3))
+    assert diagonal.count_nonzero() == 3
+    assert hollow.count_nonzero() >= 6
+
+    cell = (8 / 99) ** 2
+    masses = [float(density.sum()) * cell for density in overview.densities(overview.train(defaults.ring, 2, 5), 100)]
+    assert len(masses) == len(overview.TIMES)
+    assert all(abs(mass - 1) < 0.05 for mass in masses)
+
+    overview.main(["--steps", "1", "--output", str(tmp_path / "new" / "overview.png")])
+    assert (tmp_path / "new" / "overview.png").stat().st_size > 10_000
 
 
 def test_list_of_experiments(capsys):

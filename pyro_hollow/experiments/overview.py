@@ -1,0 +1,143 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The picture of the README: how the Jacobian of a hollow network splits, and a Hollow-CNF on its way to a density.
+
+    python -m pyro_hollow.experiments.overview --output tutorials/overview.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_hollow.experiments.arguments import positive
+from pyro_hollow.experiments.defaults import bent, ring
+from pyro_hollow.experiments.figures import pyplot
+from pyro_hollow.nn import HollowNN
+from pyro_hollow.ops import jacobian
+from pyro_hollow.transforms import HollowCNF
+
+#: The standard deviation of what the flows start from.
+WIDTH = 1.5
+#: How far the flow has come in each picture of the strip.
+TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def train(log_density: Callable[[Tensor], Tensor], dim: int, steps: int) -> HollowNN:
+    """
+    Fits a Hollow-CNF to a density by the KL divergence from the flow, whose base is :data:`WIDTH` wide.
+
+    :param log_density: maps ``(*, dim)`` to ``(*,)``.
+    :param int dim: the dimension.
+    :param int steps: the number of steps.
+    """
+    net = HollowNN(dim)
+    flow = HollowCNF(net)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in tqdm(range(steps), desc=log_density.__name__, leave=False, mininterval=1.0):
+        y, ladj = flow.call_and_ladj(WIDTH * torch.randn(256, dim))
+        loss = -(log_density(y) + ladj).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net
+
+
+def split(net: HollowNN, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The Jacobian of a network at t = 0.5, by automatic differentiation of the whole; its diagonal, in closed form; and
+    the difference of the two.
+
+    :param net: the network.
+    :param Tensor x: a point with shape ``(d,)``.
+    """
+    t = torch.tensor(0.5)
+    whole = jacobian(lambda x: net(t, x), x).detach()
+    diagonal = net.bind().dimwise_derivatives(t, x, 1)[1].detach().diag()
+    return whole, diagonal, whole - diagonal
+
+
+@torch.no_grad()
+def densities(net: HollowNN, size: int) -> list[Tensor]:
+    """
+    The density that a flow has at the times of :data:`TIMES`, on a grid over the square from -4 to 4.
+
+    :param net: the network of the flow.
+    :param int size: the number of points of the grid along an axis.
+    """
+    axis = torch.linspace(-4, 4, size)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).view(-1, 2)
+    base = dist.Normal(torch.zeros(2), WIDTH).to_event(1)
+    ways = [[HollowCNF(net, time=time)] if time else [] for time in TIMES]
+    return [dist.TransformedDistribution(base, way).log_prob(grid).exp().view(size, size) for way in ways]
+
+
+def draw(parts: Sequence[Tensor], strip: Sequence[Tensor], path: Path) -> None:
+    """
+    Draws the picture.
+
+    :param parts: the Jacobian, its diagonal and its hollow part.
+    :param strip: densities on a grid over the square from -4 to 4.
+    :param ~pathlib.Path path: of the PNG.
+    """
+    plt = pyplot()
+    fig = plt.figure(figsize=(10, 4.4), layout="constrained")
+    above, below = fig.subfigures(2, 1, height_ratios=[1, 1.05])
+    axes = above.subplots(1, 5, width_ratios=[1, 0.25, 1, 0.25, 1])
+    limit = max(float(part.abs().max()) for part in parts)
+    titles = (
+        "Jacobian of f",
+        "diagonal: through $x_i$ alone,\nexact in an elementwise pass",
+        "hollow: through the others",
+    )
+    for ax, part, title in zip(axes[::2], parts, titles, strict=True):
+        ax.matshow(part.numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
+        ax.set_title(title, fontsize=10)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    for ax, sign in zip(axes[1::2], "=+", strict=True):
+        ax.text(0.5, 0.5, sign, ha="center", va="center", fontsize=22)
+        ax.set_axis_off()
+    _draw_strip(below.subplots(1, len(strip)), strip)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def _draw_strip(axes: Any, strip: Sequence[Tensor]) -> None:
+    for ax, density, time in zip(axes, strip, TIMES, strict=True):
+        ax.imshow(density.numpy(), origin="lower", extent=(-4, 4, -4, 4), cmap="viridis", vmin=0)
+        ax.set_title(f"p(x), t = {time:g}", fontsize=10)
+        ax.set_xticks([])
+        ax.set_yticks([])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the experiment; see ``--help``."""
+    parser = argparse.ArgumentParser(
+        "python -m pyro_hollow.experiments.overview", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--steps", type=positive, default=1500, help="of training (default: 1500)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/overview.png"), help="default: results/overview.png"
+    )
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    parts = split(train(bent, 8, args.steps), torch.randn(8))
+    draw(parts, densities(train(ring, 2, args.steps), 120), args.output)
+
+
+if __name__ == "__main__":
+    main()
