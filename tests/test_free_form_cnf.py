@@ -341,7 +341,7 @@ def test_low_rank_by_hand(rank, hidden_dims, dtype):
     torch.set_default_dtype(dtype)
     network = low_rank(rank, hidden_dims, nonlinearity=nn.Tanh())
     t, x, context = torch.tensor(0.3), torch.randn(3), torch.randn(CONTEXT_DIM)
-    amortized, h = network.amortization(context), x
+    amortized, h = network.amortization(context / CONTEXT_DIM**0.5), x
     for i, layer in enumerate(network.layers):
         outputs, inputs = layer.weight.shape
         (u, v, b), amortized = (

@@ -109,10 +109,7 @@ class _Offset(nn.Module):
 
     def __init__(self, units: int, context_dim: int) -> None:
         super().__init__()
-        parts = [_uniform((units, 2), 1)]
-        if context_dim:
-            parts.append(_uniform((units, context_dim), context_dim))
-        self.weight = nn.Parameter(torch.cat(parts, dim=1))
+        self.weight = nn.Parameter(_uniform((units, 2 + context_dim), 1))
 
     def bind(self, context: Tensor | None, rate: float) -> tuple[Tensor, Tensor]:
         """``rate`` times the offset at time 0, of shape ``(units, 1 or *context_batch)``, and its slope."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,6 +119,7 @@ class LowRankFreeFormNN(nn.Module):
         self.nonlinearity = nonlinearity if nonlinearity is not None else nn.Softplus()
         with torch.no_grad():  # a fresh flow is close to the identity
             layers[-1].weight.mul_(1e-2)
+            self.amortization.weight.mul_(math.sqrt(context_dim))  # see bind
             for parameter in self.amortization.parameters():
                 parameter.mul_(1e-1)
                 parameter[-sum(self._sizes[-3:]) :].mul_(1e-1)
@@ -128,7 +130,10 @@ class LowRankFreeFormNN(nn.Module):
 
         :param Tensor context: the context with shape ``(*, context_dim)``, whose batch broadcasts against the state's.
         """
-        return _LowRankField(self, self.amortization(context).split(self._sizes, dim=-1))
+        # The root keeps steps of Adam, of one size for all weights, from changing the field the more, the larger the
+        # context is.
+        amortized = self.amortization(context / math.sqrt(self.context_dim))
+        return _LowRankField(self, amortized.split(self._sizes, dim=-1))
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor) -> Tensor:
         """
