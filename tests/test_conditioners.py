@@ -180,15 +180,18 @@ def plain_grouped(net, s, t, x, context):
 def plain_masked(net, s, t, x, context):
     """Each stream is an autoregressive network; unit k of a layer may see the first k % d coordinates."""
     d, half = len(x), net.hidden_dim // 2
-    widths = [net.weight.shape[1], *(weight.shape[1] for weight in net.layers.weights)]
+    weights = net.weight.chunk(2)
+    widths = [len(weights[0]), *(weight.shape[1] for weight in net.layers.weights)]
     seen = [[k % d for k in range(width)] for width in widths[:-1]] + [[k // half for k in range(widths[-1])]]
     masks = [torch.tensor([[float(a <= b) for a in inp] for b in out]) for inp, out in itertools.pairwise(seen)]
     streams = []
-    for group, stream in enumerate([x, x.flip(0)]):
+    for group, order in enumerate([list(range(d)), list(range(d))[::-1]]):
         offset = plain_offset(net.offset, t, context).chunk(2)[group]
-        z = [net.weight[group, k, :n] @ stream[:n] + offset[k] for k, n in enumerate(seen[0])]
-        streams.append(plain_layers(net, s, s(torch.stack(z)), group, masks).view(d, half))
-    return torch.cat([streams[0], streams[1].flip(0)], dim=1)
+        z = [weights[group][k, order[:n]] @ x[order[:n]] + offset[k] for k, n in enumerate(seen[0])]
+        # The last layer's units are in the order of the coordinates, in both streams.
+        own = [mask if mask is not masks[-1] else mask.view(d, half, -1)[order].flatten(0, 1) for mask in masks]
+        streams.append(plain_layers(net, s, s(torch.stack(z)), group, own).view(d, half))
+    return torch.cat(streams, dim=1)
 
 
 def plain_leave_one_out(net, s, t, x, context):

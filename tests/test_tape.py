@@ -155,6 +155,24 @@ def test_gradients_of_every_batch_shape(batch_shape, context_shape, d):
     check_gradients(field, batch_shape, d)
 
 
+@each_activation
+@each_dim
+@pytest.mark.parametrize("hidden_dims", [[5, 4], [6, 5, 2]], ids=["2 layers", "3 layers"])
+@pytest.mark.parametrize("context_shape", [None, (4,)], ids=["no context", "context"])
+def test_masked(activation, d, hidden_dims, context_shape):
+    settings = {"conditioner": "masked", "hidden_dims": hidden_dims, "activation": activation}
+    _, field, _ = make_field(d, (4,), context_shape, **settings)
+    check_record(field, (4,), d)
+    check_gradients(field, (4,), d)
+
+
+@each_batch
+def test_masked_of_every_batch_shape(batch_shape, context_shape):
+    _, field, _ = make_field(3, batch_shape, context_shape, conditioner="masked", hidden_dims=[4, 6])
+    check_record(field, batch_shape, 3)
+    check_gradients(field, batch_shape, 3)
+
+
 @each_batch
 def test_gradients_reach_parameters_and_context(batch_shape, context_shape):
     # What the gradients of the field's tensors are for.
@@ -310,7 +328,6 @@ class CustomConditioner(Conditioner):
 
 
 WITHOUT = {
-    "masked": lambda: HollowNN(3, [8, 4], conditioner="masked"),
     "leave-one-out": lambda: HollowNN(3, [8, 4], conditioner="leave-one-out"),
     "conditioner of a user": lambda: HollowNN(3, conditioner=CustomConditioner(3, 4)),
     "transformer of a user": lambda: HollowNN(3, [8, 4], transformer=nn.Linear(6, 1)),
@@ -322,8 +339,9 @@ def test_no_tape(make):
     assert make().bind().tape(torch.Size((4,))) is None
 
 
-def test_grouped_conditioner_and_closed_form_have_one():
+def test_dense_conditioners_and_closed_form_have_one():
     assert HollowNN(3).bind().tape(torch.Size((4,))) is not None
+    assert HollowNN(3, conditioner="masked").bind().tape(torch.Size((4,))) is not None
     assert HollowNN(3, conditioner=GroupedConditioner(3, [4])).bind().tape(torch.Size((4,))) is not None
 
 

@@ -166,12 +166,14 @@ class GroupedConditioner(Conditioner):
     """
 
     mask: Tensor
+    streams = 1
 
     def __init__(
         self, input_dim: int, hidden_dims: Sequence[int], context_dim: int = 0, *, activation: str = "tanh"
     ) -> None:
         widths = _widths("grouped", hidden_dims)
         super().__init__(input_dim, widths[-1], context_dim)
+        self.groups = input_dim
         self._activation = get_activation(activation)
         self.weight = nn.Parameter(_uniform((input_dim * widths[0], input_dim), input_dim))
         self.offset = _Offset(input_dim * widths[0], context_dim)
@@ -181,31 +183,53 @@ class GroupedConditioner(Conditioner):
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
         """See :meth:`Conditioner.bind`."""
-        return BoundGrouped(self, context)
+        return BoundDense(self, self.weight * self.mask, self.layers.bind(self._activation), context)
 
 
-class BoundGrouped(BoundConditioner):
+class BoundDense(BoundConditioner):
     """
-    A grouped conditioner; see :class:`GroupedConditioner`.
+    A conditioner of dense layers, of which the first sees all of x and the later ones act on each of several groups
+    with weights of their own; see :class:`GroupedConditioner` and :class:`MaskedConditioner`.
 
-    :ivar weight: of the first layer, with shape ``(d * units, d + 1)``; its last column belongs to time.
-    :ivar offset: of the first layer, with shape ``(d * units, 1 or *context_batch)``.
+    :ivar weight: of the first layer, with shape ``(groups * units, d + 1)``; its last column belongs to time.
+    :ivar offset: of the first layer, with shape ``(groups * units, 1 or *context_batch)``.
     :ivar layers: the later layers, as pairs (bias, weight).
     """
 
-    def __init__(self, net: GroupedConditioner, context: Tensor | None) -> None:
+    def __init__(
+        self,
+        net: GroupedConditioner | MaskedConditioner,
+        weight: Tensor,
+        layers: list[tuple[Tensor, Tensor]],
+        context: Tensor | None,
+    ) -> None:
         self.activation = s = net._activation
         self.offset, time_weight = net.offset.bind(context, s.rate)
-        self.weight = torch.cat([net.weight * net.mask * s.rate, time_weight], dim=1)
-        self.layers = net.layers.bind(s)
-        self.tensors = (self.weight, self.offset, *chain.from_iterable(self.layers))
+        self.weight = torch.cat([weight * s.rate, time_weight], dim=1)
+        self.layers = layers
+        self.groups = net.groups
+        self.streams = net.streams
+        self.tensors = (self.weight, self.offset, *chain.from_iterable(layers))
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         z = torch.addmm(flatten_offset(self.offset, 1, x.shape[:-1]), self.weight, _with_time(t, x))
-        h = self.activation.apply(z.unflatten(0, (x.shape[-1], -1)))
+        h = self.activation.apply(z.unflatten(0, (self.groups, -1)))
         for bias, weight in self.layers:
             h = self.activation.apply(torch.baddbmm(bias, weight, h))
-        return _from_columns(h, x.shape[:-1])
+        return _from_columns(self.by_coordinate(h), x.shape[:-1])
+
+    def by_coordinate(self, h: Tensor) -> Tensor:
+        """``(groups, units, batch)`` to ``(d, d_h, batch)``, to which each stream contributes a part of d_h."""
+        if self.streams == 1:
+            return h
+        d = self.weight.shape[1] - 1
+        return h.unflatten(1, (d, h.shape[1] // d)).transpose(0, 1).flatten(1, 2)
+
+    def by_group(self, h: Tensor) -> Tensor:
+        """The inverse of :meth:`by_coordinate`."""
+        if self.streams == 1:
+            return h
+        return h.unflatten(1, (self.streams, h.shape[1] // self.streams)).transpose(0, 1).flatten(1, 2)
 
 
 class MaskedConditioner(Conditioner):
@@ -226,6 +250,8 @@ class MaskedConditioner(Conditioner):
     MADE: Masked Autoencoder for Distribution Estimation. [arXiv:1502.03509]
     """
 
+    groups = streams = 2
+
     def __init__(
         self, input_dim: int, hidden_dims: Sequence[int], context_dim: int = 0, *, activation: str = "tanh"
     ) -> None:
@@ -238,36 +264,22 @@ class MaskedConditioner(Conditioner):
         super().__init__(input_dim, widths[-1], context_dim)
         self._activation = get_activation(activation)
         units = [*widths[:-1], input_dim * widths[-1] // 2]
-        self.weight = nn.Parameter(_uniform((2, units[0], input_dim), input_dim))
+        self.weight = nn.Parameter(_uniform((2 * units[0], input_dim), input_dim))
         self.offset = _Offset(2 * units[0], context_dim)
         self.layers = _Layers(2, units)
         # A unit of degree m sees the first m coordinates of its stream; degree 0 carries time and context alone.
-        degrees = [torch.arange(1, input_dim + 1)]
-        degrees += [torch.arange(width) % input_dim for width in widths[:-1]]
-        degrees += [torch.arange(input_dim).repeat_interleave(widths[-1] // 2)]
+        order = torch.arange(input_dim)
+        degrees = [torch.stack([order, order.flip(0)]) + 1]
+        degrees += [(torch.arange(width) % input_dim).expand(2, -1) for width in widths[:-1]]
+        degrees += [(degrees[0] - 1).repeat_interleave(widths[-1] // 2, dim=1)]
         for k, (inp, out) in enumerate(zip(degrees[:-1], degrees[1:], strict=True)):
-            mask = (out.unsqueeze(1) >= inp).to(self.weight.dtype)
+            mask = (out.unsqueeze(2) >= inp.unsqueeze(1)).to(self.weight.dtype)
             self.register_buffer(f"mask_{k}", mask, persistent=False)
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
         """See :meth:`Conditioner.bind`."""
-        s = self._activation
-        offset, time_weight = self.offset.bind(context, s.rate)
-        weight = torch.cat([self.weight * self.get_buffer("mask_0") * s.rate, time_weight.view(2, -1, 1)], dim=2)
-        masks = [self.get_buffer(f"mask_{k}") for k in range(1, len(self.layers.weights) + 1)]
-        layers = self.layers.bind(s, masks)
-
-        def function(t: Tensor, x: Tensor) -> Tensor:
-            forward = _with_time(t, x)
-            backward = torch.cat([forward[:-1].flip(0), forward[-1:]])
-            z = flatten_offset(offset, 1, x.shape[:-1]).view(2, weight.shape[1], -1)
-            h = s.apply(torch.baddbmm(z, weight, torch.stack([forward, backward])))
-            for bias, w in layers:
-                h = s.apply(torch.baddbmm(bias, w, h))
-            left, right = h.view(2, self.input_dim, self.hidden_dim // 2, h.shape[-1])
-            return _from_columns(torch.cat([left, right.flip(0)], dim=1), x.shape[:-1])
-
-        return BoundConditioner(function, (weight, offset, *chain.from_iterable(layers)))
+        first, *masks = (self.get_buffer(f"mask_{k}") for k in range(1 + len(self.layers.weights)))
+        return BoundDense(self, self.weight * first.flatten(0, 1), self.layers.bind(self._activation, masks), context)
 
 
 class LeaveOneOutConditioner(Conditioner):

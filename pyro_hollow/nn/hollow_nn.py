@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .conditioner import CONDITIONERS, BoundConditioner, BoundGrouped, Conditioner
+from .conditioner import CONDITIONERS, BoundConditioner, BoundDense, Conditioner
 from .tape import HollowTape
 from .transformer import BoundClosedForm, BoundTransformer, ClosedFormTransformer, ModuleTransformer, Transformer
 
@@ -93,7 +93,7 @@ class HollowField:
 
         :param batch_shape: the batch shape ``(*,)`` of the states.
         """
-        if isinstance(self.conditioner, BoundGrouped) and isinstance(self.transformer, BoundClosedForm):
+        if isinstance(self.conditioner, BoundDense) and isinstance(self.transformer, BoundClosedForm):
             return HollowTape(self.conditioner, self.transformer, batch_shape)
         return None
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from .layout import columns, flatten_offset, rows
 
 if TYPE_CHECKING:
-    from .conditioner import BoundGrouped
+    from .conditioner import BoundDense
     from .transformer import BoundClosedForm
 
 __all__ = ["HollowTape"]
@@ -40,8 +40,9 @@ def _add_offset(t: float, z_bar: Tensor, offset_bar: Tensor, slope_bar: Tensor) 
     slope_bar.add_(total, alpha=t)
 
 
-class _GroupedTape:
-    def __init__(self, bound: BoundGrouped, batch_shape: torch.Size) -> None:
+class _DenseTape:
+    def __init__(self, bound: BoundDense, batch_shape: torch.Size) -> None:
+        self._bound = bound
         self._s = bound.activation
         self._d = bound.weight.shape[1] - 1
         self._weight, self._slope = bound.weight.split([self._d, 1], dim=1)
@@ -51,18 +52,20 @@ class _GroupedTape:
 
     def record(self, t: float, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Hidden units with shape ``(d, d_h, batch)``, and what pull needs."""
-        z = torch.addmm(torch.add(self._offset, self._slope, alpha=t), self._weight, x).unflatten(0, (self._d, -1))
+        z = torch.addmm(torch.add(self._offset, self._slope, alpha=t), self._weight, x)
+        z = z.unflatten(0, (self._bound.groups, -1))
         h = self._s.apply(z)
         saved = [x, z, h]
         for bias, weight in self._layers:
             z = torch.baddbmm(bias, weight, h)
             h = self._s.apply(z)
             saved += [z, h]
-        return h, tuple(saved)
+        return self._bound.by_coordinate(h), tuple(saved)
 
     def pull(self, t: float, saved: tuple[Tensor, ...], h_bar: Tensor, accumulate: bool) -> Tensor:
         """The gradient of x from that of the hidden units."""
         x, *pairs = saved
+        h_bar = self._bound.by_group(h_bar)
         for k in range(len(self._layers), 0, -1):
             z_bar = self._s.pull(h_bar, *pairs[2 * k : 2 * k + 2])
             if accumulate:
@@ -149,17 +152,18 @@ class _ClosedFormTape:
 
 class HollowTape:
     """
-    Records evaluations of a grouped conditioner and a closed-form transformer, and pulls gradients back through them.
+    Records evaluations of a grouped or masked conditioner and a closed-form transformer, and pulls gradients back
+    through them.
 
     :param conditioner: the bound conditioner.
     :param transformer: the bound transformer.
     :param batch_shape: the batch shape ``(*,)`` of the states.
     """
 
-    def __init__(self, conditioner: BoundGrouped, transformer: BoundClosedForm, batch_shape: torch.Size) -> None:
+    def __init__(self, conditioner: BoundDense, transformer: BoundClosedForm, batch_shape: torch.Size) -> None:
         self._batch_shape = batch_shape
         self._bound = (*conditioner.tensors, *transformer.tensors)
-        self._conditioner = _GroupedTape(conditioner, batch_shape)
+        self._conditioner = _DenseTape(conditioner, batch_shape)
         self._transformer = _ClosedFormTape(transformer, batch_shape)
 
     def pack(self, x: Tensor) -> Tensor:
