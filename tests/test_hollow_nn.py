@@ -424,7 +424,7 @@ def test_conditioner_may_be_an_instance():
 def test_default_widths(d, width):
     assert make_net(d).conditioner.hidden_dim == 32
     masked = make_net(d, conditioner="masked").conditioner
-    assert masked.hidden_dim == 32 and masked.weight.shape == (2, width, d)
+    assert masked.hidden_dim == 32 and masked.weight.shape == (2 * width, d)
     assert make_net(d, transformer_dim=7).transformer.width == 7
 
 

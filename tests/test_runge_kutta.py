@@ -873,7 +873,6 @@ class CustomConditioner(Conditioner):
 
 
 WITHOUT = {
-    "masked": lambda: HollowNN(3, [8, 4], conditioner="masked"),
     "leave-one-out": lambda: HollowNN(3, [8, 4], conditioner="leave-one-out"),
     "conditioner of a user": lambda: HollowNN(3, conditioner=CustomConditioner()),
     "transformer of a user": lambda: HollowNN(3, [8, 4], transformer=nn.Sequential(nn.Linear(6, 1), nn.Tanh())),
