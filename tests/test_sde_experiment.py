@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from pyro_hollow.experiments import sde as experiment
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.sde import Config, Result, Scale, format_summary, format_times, make_sde, run
-from pyro_hollow.experiments.sde_processes import PROCESSES, load
+from pyro_hollow.experiments.sde_processes import PROCESSES, divide, load
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ops import field_derivatives
 from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching, GaussianMixtureMarginals
@@ -38,6 +38,25 @@ def test_processes(name):
     assert train.shape[:2] == (len(process.times), 30) and test.shape[:2] == (len(process.times), 20)
     assert train.shape[2] == test.shape[2] and torch.isfinite(train).all()
     assert (train[1:] != train[:-1]).all()
+
+
+def test_finer_paths_for_learning():
+    assert divide((0.0, 1.0, 3.0), 2) == [0.0, 0.5, 1.0, 2.0, 3.0]
+    process = load("gbm")
+    train, test = process.split(30, 20, parts=4)
+    assert train.shape == (21, 30, 2) and test.shape == (6, 20, 2)
+    # Observed more often, the steps are smaller and the marginals the same.
+    steps = process.paths(2000, 4).log().diff(dim=0)
+    assert_close(steps.std((0, 1)), torch.tensor([0.3, 0.5]) * math.sqrt(0.05), rtol=0.05, atol=0)
+
+
+def test_noise_of_what_is_learned():
+    process, scale = load("ou-2"), Scale(torch.zeros(2), torch.ones(2))
+    config = Config("ou-2", "matching", 3, 0, 20, 15, noise=2.0)
+    x = 10 * torch.randn(200, 2)
+    assert make_sde(process, config, 2, scale).g(torch.tensor(0.5), x).min() >= 2 / math.sqrt(1.5)
+    assert make_sde(process, replace(config, method="transitions"), 2, scale).g(torch.tensor(0.5), x).min() < 1
+    assert (make_sde(process, replace(config, method="known-noise"), 2, scale).g(torch.tensor(0.5), x) == 0.7).all()
 
 
 def test_moments_of_ornstein_uhlenbeck():
@@ -90,7 +109,7 @@ def test_data_set():
 def test_gradient_drift_is_a_gradient_in_the_units_of_the_data():
     process = load("double-well-2")
     scale = Scale(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0]))
-    sde = make_sde(process, "gradient", 2, scale)
+    sde = make_sde(process, Config("double-well-2", "gradient", 3, 0, 20, 15), 2, scale)
     x, t = torch.randn(2), torch.tensor(0.3)
     jacobian = torch.autograd.functional.jacobian(lambda x: sde.f(t, scale.to_z(x)) * scale.scale, x)
     assert_close(jacobian, jacobian.T)

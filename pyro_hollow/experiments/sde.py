@@ -7,11 +7,12 @@ Stochastic differential equations learned from samples at several times: simulat
 Ways to learn, none of which is tuned for a process:
 
 - matching: density, drift and diffusion together, by Fokker-Planck matching. It sees no paths, only which samples
-  belong to which time.
+  belong to which time. As marginals do not determine the diffusion, which would shrink, it is kept above half of the
+  data's standard deviation over the square root of the span of time.
 - known-noise: the same, with the true diffusion given.
 - gradient: the same, with the drift made the gradient of a potential, free of time, as well.
 - transitions: the same networks by maximum likelihood of Euler-Maruyama transitions between neighbouring times, for
-  which the paths must be known.
+  which the paths must be known; those that are simulated at ten times as many times, for smaller steps.
 
 What was learned is simulated from training samples at the first time, and its marginals are compared with held-out
 ones: energy distance and sliced Wasserstein distance, in units of x, and the energy test at 5%. "fresh" is another
@@ -42,16 +43,18 @@ from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.files import write
-from pyro_hollow.experiments.sde_processes import PROCESSES, Process, load
+from pyro_hollow.experiments.sde_processes import PROCESSES, Process, divide, load
 from pyro_hollow.experiments.two_sample import energy_distance, energy_test, sliced_wasserstein
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ops import field_derivatives
 from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching, GaussianMixtureMarginals, fit, fokker_planck_rhs
 
 METHODS = ("matching", "known-noise", "gradient", "transitions")
-LEARNING_RATE, BATCH_SIZE = 2e-2, 256
+LEARNING_RATE, BATCH_SIZE, WEIGHT = 2e-2, 256, 0.01
 #: Beyond this dimension a step by plain autograd takes minutes and many gigabytes.
 PLAIN_LIMIT = 16
+#: How often simulated paths are observed from one time to the next where transitions are learned.
+PARTS = 10
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Config:
     seed: int
     train: int
     test: int
-    weight: float = 0.1
+    weight: float = WEIGHT
+    noise: float = 0.5
 
 
 @dataclass
@@ -132,21 +136,24 @@ class GradientDrift(nn.Module):
         return -field_derivatives(self.potential, t, z, 1)[1] / self.scale.square()
 
 
-def make_sde(process: Process, method: str, dim: int, scale: Scale) -> DiagonalSDE:
+def make_sde(process: Process, config: Config, dim: int, scale: Scale) -> DiagonalSDE:
     """
     The equation to learn, for standardised coordinates.
 
     :param process: the process, whose diffusion is used where the method says so.
-    :param str method: one of METHODS.
+    :param config: the method, and the smallest diffusion where it is free.
     :param int dim: the dimension.
     :param scale: the standardisation.
     """
-    if method in ("matching", "transitions"):
+    if config.method == "matching":
+        floor = config.noise / math.sqrt(process.times[-1] - process.times[0])
+        return DiagonalSDE(HollowNN(dim), HollowNN(dim), min_diffusion=floor)
+    if config.method == "transitions":
         return DiagonalSDE(HollowNN(dim), HollowNN(dim))
     if process.sde is None:
-        raise DataError(f"the diffusion of {process.name} is not known, as {method} needs it")
+        raise DataError(f"the diffusion of {process.name} is not known, as {config.method} needs it")
     truth = process.sde
-    drift = HollowNN(dim) if method == "known-noise" else GradientDrift(dim, scale.scale)
+    drift = HollowNN(dim) if config.method == "known-noise" else GradientDrift(dim, scale.scale)
     return DiagonalSDE(drift, lambda t, z: truth.g(t, scale.to_x(z)) / scale.scale)
 
 
@@ -185,16 +192,15 @@ def fit_matching(
     return density
 
 
-def fit_transitions(process: Process, sde: DiagonalSDE, z: Tensor, config: Config) -> None:
+def fit_transitions(times: Tensor, sde: DiagonalSDE, z: Tensor, config: Config) -> None:
     """
     Learns from paths, by maximum likelihood of Euler-Maruyama transitions.
 
-    :param process: tells the times.
+    :param Tensor times: of observation.
     :param sde: the equation, which is trained.
     :param Tensor z: standardised paths with shape ``(times, n, d)``.
     :param config: the number of steps.
     """
-    times = torch.tensor(process.times)
     optimizer = torch.optim.Adam(sde.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     for _ in tqdm(range(config.steps), desc=_label(config), leave=False, mininterval=1.0):
@@ -247,7 +253,7 @@ def _judge_coefficients(
 
 def _file(folder: Path, config: Config, suffix: str) -> Path:
     """Where a run is kept."""
-    numbers = (config.weight, config.steps, config.train, config.test, config.seed)
+    numbers = (config.weight, config.noise, config.steps, config.train, config.test, config.seed)
     return folder / config.process / ("-".join(map(str, (config.method, *numbers))) + suffix)
 
 
@@ -265,16 +271,17 @@ def run(process: Process, config: Config, folder: Path, force: bool = False) -> 
         saved = json.loads(path.read_text())
         return Result(**{**saved, "config": Config(**saved["config"])})
     torch.manual_seed(config.seed)
-    train, test = process.split(config.train, config.test)
+    parts = PARTS if config.method == "transitions" and process.sde is not None else 1
+    train, test = process.split(config.train, config.test, parts)
     fresh = None if process.sde is None else process.paths(config.test)
     pooled = train.flatten(0, 1)
     scale = Scale(pooled.mean(0), pooled.std(0))
     z, dim = scale.to_z(train), train.shape[-1]
-    sde, density = make_sde(process, config.method, dim, scale), None
+    sde, density = make_sde(process, config, dim, scale), None
     result = Result(config, times=list(process.times[1:]))
     begin = time.perf_counter()
     if config.method == "transitions":
-        fit_transitions(process, sde, z, config)
+        fit_transitions(torch.tensor(divide(process.times, parts)), sde, z, config)
     else:
         density = fit_matching(process, sde, z, config, result)
     result.seconds = time.perf_counter() - begin
@@ -513,7 +520,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="default: matching transitions",
     )  # fmt: skip
     parser.add_argument("--steps", type=positive, default=2000, help="steps (default: 2000)")
-    parser.add_argument("--weight", type=float, default=0.1, help="of the residual (default: 0.1)")
+    parser.add_argument("--weight", type=float, default=WEIGHT, help=f"of the residual (default: {WEIGHT})")
+    parser.add_argument(
+        "--noise", type=float, default=0.5,
+        help="smallest diffusion, in standard deviations over the root of the time span (default: 0.5)",
+    )  # fmt: skip
     parser.add_argument("--seed", nargs="+", type=int, default=list(range(10)), help="seeds (default: 0 to 9)")
     parser.add_argument("--train", type=positive, default=10_000, help="paths to learn from (default: 10000)")
     parser.add_argument("--test", type=positive, default=500, help="paths held out (default: 500)")
@@ -537,7 +548,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for process in [load(name) for name in args.process]:  # all of them, before anything takes time
             configs = {
                 method: [
-                    Config(process.name, method, args.steps, seed, args.train, args.test, args.weight)
+                    Config(process.name, method, args.steps, seed, args.train, args.test, args.weight, args.noise)
                     for seed in args.seed
                 ]
                 for method in args.method

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.sde import DiagonalSDE
 
-__all__ = ["PROCESSES", "Process", "load"]
+__all__ = ["PROCESSES", "Process", "divide", "load"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Process:
     :ivar name: for the command line.
     :ivar title: for people.
     :ivar times: when the paths are observed.
-    :ivar paths: maps a number n to n independent paths, with shape ``(len(times), n, d)``. Of a data set, n is ignored.
+    :ivar paths: maps a number n to n independent paths, with shape ``(len(times), n, d)``; of those that are simulated,
+        a second number asks for a finer grid, see :func:`divide`. Of a data set, n is ignored.
     :ivar components: how many Gaussians the density gets.
     :ivar sde: the truth, where it is known.
     :ivar axis: what x is, for figures.
@@ -37,21 +38,22 @@ class Process:
     name: str
     title: str
     times: tuple[float, ...]
-    paths: Callable[[int], Tensor]
+    paths: Callable[..., Tensor]
     components: int
     sde: DiagonalSDE | None = None
     axis: str = "x"
     time_axis: str = "t"
 
-    def split(self, train: int, test: int) -> tuple[Tensor, Tensor]:
+    def split(self, train: int, test: int, parts: int = 1) -> tuple[Tensor, Tensor]:
         """
         Paths to learn from, and paths held out; half of the paths each for a data set.
 
         :param int train: the number of paths to learn from.
         :param int test: the number of paths held out.
+        :param int parts: observe the paths to learn from as often between neighbouring times; not for a data set.
         """
         if self.sde is not None:
-            return self.paths(train), self.paths(test)
+            return self.paths(train, parts), self.paths(test)
         paths = self.paths(0)
         paths = paths[:, torch.randperm(paths.shape[1])]
         half = paths.shape[1] // 2
@@ -67,10 +69,21 @@ def _simulated(
     components: int,
     method: str = "euler",  # which for a constant g is the same as "milstein", and cheaper
 ) -> Process:
-    def paths(n: int) -> Tensor:
-        return sde.sample(start(n), times, dt=2e-3, method=method)
+    def paths(n: int, parts: int = 1) -> Tensor:
+        return sde.sample(start(n), divide(times, parts), dt=2e-3, method=method)
 
     return Process(name, title, times, paths, components, sde)
+
+
+def divide(times: Sequence[float], parts: int) -> list[float]:
+    """
+    Times with the intervals between them cut in equal parts.
+
+    :param times: that increase.
+    :param int parts: how many for each interval.
+    """
+    index = np.arange(len(times))
+    return np.interp(np.arange((len(times) - 1) * parts + 1) / parts, index, times).tolist()
 
 
 def _times(end: float, count: int) -> tuple[float, ...]:
