@@ -105,7 +105,8 @@ class DiagonalSDE(nn.Module):
     :param diffusion: g, or a number or tensor for a constant one. Of a HollowNN, :math:`g = \text{softplus}(\text{net})
         + \text{min_diffusion}`, which is positive; any other function is used as it is (only :math:`g^2` matters to the
         law of x, so its sign is free).
-    :param float min_diffusion: the smallest g of a network, in units of x per square root of time.
+    :param float min_diffusion: the smallest g of a network, in units of x per square root of time. Set it where g is to
+        be learned from marginals, which do not determine it; see :class:`~pyro_hollow.sde.FokkerPlanckMatching`.
     :raises ValueError: if min_diffusion is negative, or a network takes a context.
     """
 

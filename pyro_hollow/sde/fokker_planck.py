@@ -136,17 +136,25 @@ class FokkerPlanckMatching(nn.Module):
       method ``sample`` they come from), spread by Gaussian noise.
     - "both": half of the terms each.
 
+    The noise is yours to choose, as marginals do not determine it. A free g shrinks to the smallest that its network
+    allows: the errors of the learned score and curvature enter the residual times g and :math:`g^2`. What is left is a
+    transport, which never forgets an error. So give g if it is known, or else the ``min_diffusion`` of
+    :class:`~pyro_hollow.sde.DiagonalSDE`: half of the data's standard deviation over the square root of the span of
+    time is a fair convention. With noise the drift pulls towards p; with much of it the drift is mostly score, and
+    harder to learn.
+
     Example usage:
 
     >>> density = GaussianMixtureMarginals(2, num_components=4, interval=(0., 1.))
-    >>> matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(2), HollowNN(2)))
+    >>> matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(2), HollowNN(2), min_diffusion=0.5))
     >>> matching(torch.rand(100), torch.randn(100, 2)).total.backward()
 
     :param density: a module with the methods ``log_prob``, ``derivatives`` and, for a proposal, ``sample``, such as
         :class:`~pyro_hollow.sde.GaussianMixtureMarginals`.
     :param sde: the stochastic differential equation.
-    :param float weight: :math:`\lambda`, in units of time squared. A large one bends the density towards what is easy
-        to match, a small one leaves in the equation what is noise in the density. Where g is known, smaller is better.
+    :param float weight: :math:`\lambda`, in units of time squared. It matters to the density: a large one bends it
+        towards what is easy to match. The equation is in the residual alone, whose scale Adam does not see, so a small
+        one does not slow it down; it learns what is noise in the density, too.
     :param str where: "data", "proposal" or "both".
     :param float broadening: the standard deviation of the proposal's noise, in standard deviations of the batch.
     :raises ValueError: for a weight or broadening that is negative and an unknown place.
@@ -157,9 +165,9 @@ class FokkerPlanckMatching(nn.Module):
         density: nn.Module,
         sde: DiagonalSDE,
         *,
-        weight: float = 0.1,
+        weight: float = 0.01,
         where: str = "both",
-        broadening: float = 0.3,
+        broadening: float = 0.1,
     ) -> None:
         super().__init__()
         if where not in ("data", "proposal", "both"):
