@@ -286,7 +286,9 @@ def run(process: Process, config: Config, folder: Path, force: bool = False) -> 
         density = fit_matching(process, sde, z, config, result)
     result.seconds = time.perf_counter() - begin
     dt = (process.times[-1] - process.times[0]) / 200
-    start = z[0, torch.randint(z.shape[1], (test.shape[1],))]
+    n, m = z.shape[1], test.shape[1]
+    # Each sample once where there are just enough: of few, a draw with replacement is a worse sample.
+    start = z[0, torch.randperm(n) if n == m else torch.randint(n, (m,))]
     drawn = {"equation": scale.to_x(sde.sample(start, process.times, dt))}
     if density is not None:
         drawn["density"] = scale.to_x(density.sample(torch.tensor(process.times).unsqueeze(-1).expand(test.shape[:2])))
