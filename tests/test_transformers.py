@@ -104,7 +104,7 @@ def plain_closed_form(net, x, h, context):
     rows = torch.einsum("irk,...ik->...ir", weight, h) + (bias + time_weight * TIME).squeeze(-1)
     if context is not None:
         context_weight = net.context_weight.view(D, WIDTH + 2, CONTEXT_DIM)
-        rows = rows + torch.einsum("irc,...c->...ir", context_weight, context) / CONTEXT_DIM**0.5
+        rows = rows + torch.einsum("irc,...c->...ir", context_weight, context)
     p, a, b = rows[..., :WIDTH], rows[..., WIDTH], rows[..., WIDTH + 1]
     u, v = net.input_weight.squeeze(-1), net.output_weight.squeeze(-2)
     return a * x + b + (v * ACTIVATIONS[net.activation](u * x.unsqueeze(-1) + p)).sum(-1)

@@ -109,7 +109,10 @@ class _Offset(nn.Module):
 
     def __init__(self, units: int, context_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(_uniform((units, 2 + context_dim), 1))
+        parts = [_uniform((units, 2), 1)]
+        if context_dim:
+            parts.append(_uniform((units, context_dim), context_dim))
+        self.weight = nn.Parameter(torch.cat(parts, dim=1))
 
     def bind(self, context: Tensor | None, rate: float) -> tuple[Tensor, Tensor]:
         """``rate`` times the offset at time 0, of shape ``(units, 1 or *context_batch)``, and its slope."""
@@ -194,6 +197,8 @@ class BoundDense(BoundConditioner):
     :ivar weight: of the first layer, with shape ``(groups * units, d + 1)``; its last column belongs to time.
     :ivar offset: of the first layer, with shape ``(groups * units, 1 or *context_batch)``.
     :ivar layers: the later layers, as pairs (bias, weight).
+    :ivar groups: their number.
+    :ivar streams: the number of groups that each coordinate gets a part of its hidden units from.
     """
 
     def __init__(

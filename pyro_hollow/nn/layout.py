@@ -26,15 +26,9 @@ def rows(x: Tensor, batch_shape: Sequence[int]) -> Tensor:
 
 
 def project(context: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """
-    ``weight @ context / sqrt(n) + bias`` for a bias of shape ``(*units, 1)``, as ``(*units, *context_batch)``.
-
-    The root stands here, and not in the initial weights: Adam's steps have one size for all weights, and n of them that
-    go the same way would move a unit the faster, the larger the context is.
-    """
+    """``weight @ context + bias`` for a bias of shape ``(*units, 1)``, as ``(*units, *context_batch)``."""
     units, batch_shape = bias.shape[:-1], context.shape[:-1]
-    product = (context * context.shape[-1] ** -0.5) @ weight.mT
-    return columns(product).view(*units, *batch_shape) + bias.view(*units, *(1,) * len(batch_shape))
+    return columns(context @ weight.mT).view(*units, *batch_shape) + bias.view(*units, *(1,) * len(batch_shape))
 
 
 def flatten_time(t: Tensor, x: Tensor) -> Tensor:

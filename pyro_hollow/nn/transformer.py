@@ -117,7 +117,8 @@ class ClosedFormTransformer(Transformer):
             self.input_weight.normal_()
             self.output_weight.normal_(std=small / math.sqrt(self.width))
             if self.context_weight is not None:
-                self.context_weight.uniform_(-1.0, 1.0)
+                bound = 1 / math.sqrt(self.context_dim)
+                self.context_weight.uniform_(-bound, bound)
                 self.context_weight.view(self.input_dim, -1, self.context_dim)[:, self.width :] *= small
             self.weight[:, self.width :] *= small
 
