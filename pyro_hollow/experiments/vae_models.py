@@ -44,7 +44,7 @@ def _compose(layers: int, make: Callable[..., nn.Module], **kwargs: Any) -> Call
 
 
 def _hollow(d: int, context_dim: int, solver: Solver) -> nn.Module:
-    return conditional_hollow_cnf(d, context_dim, conditioner="masked", solver=solver)
+    return conditional_hollow_cnf(d, context_dim, solver=solver)
 
 
 def _like_tape(solver: Solver) -> Solver:
@@ -53,7 +53,7 @@ def _like_tape(solver: Solver) -> Solver:
 
 
 def _hollow_stochastic(d: int, context_dim: int, solver: Solver) -> nn.Module:
-    network = ConditionalHollowNN(d, context_dim, conditioner="masked")
+    network = ConditionalHollowNN(d, context_dim)
     return ConditionalFreeFormCNF(network, divergence="hutchinson", probe="gaussian", solver=_like_tape(solver))
 
 
@@ -91,9 +91,9 @@ def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> n
 
     "none" is a diagonal Gaussian; "planar", 16 layers; "iaf", 4 affine autoregressive layers of 320 hidden units;
     "sylvester" and "householder", 4 layers with orthogonal columns and with Householder reflections; "ffjord", a
-    free-form network that the context changes by low rank, its trace by one Gaussian probe; "hollow", a Hollow-CNF with
-    a masked conditioner, whose coordinates share their layers; "hollow-stochastic", the same network with a stochastic
-    trace; "free-form-exact", the network of ffjord with the exact one.
+    free-form network that the context changes by low rank, its trace by one Gaussian probe; "hollow", a Hollow-CNF;
+    "hollow-stochastic", the same network with a stochastic trace; "free-form-exact", the network of ffjord with the
+    exact one.
 
     :param str name: one of ``FLOWS``.
     :param int latent_dim: Dimension of the latent variable
