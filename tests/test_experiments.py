@@ -108,8 +108,7 @@ def test_speed_of_svi_steps():
 
 def test_overview(tmp_path):
     pytest.importorskip("matplotlib")
-    whole, diagonal, hollow = overview.split(overview.train(defaults.bent, 3, steps=5), torch.randn(3))
-    torch.testing.assert_close(diagonal + hollow, whole)
+    _, diagonal, hollow = overview.split(overview.train(defaults.bent, 3, steps=5), torch.randn(3))
     torch.testing.assert_close(hollow.diagonal(), torch.zeros(3))
     assert diagonal.count_nonzero() == 3
     assert hollow.count_nonzero() >= 6

@@ -11,7 +11,7 @@ from transform_checks import TIGHT, strengthen
 
 from pyro_hollow import Solver, conditional_hollow_cnf, free_form_cnf, hollow_cnf
 
-#: With a tape: grouped; without: the others.
+#: With a tape: grouped, masked and context; without: the others.
 FLOWS = {
     "grouped": lambda d, solver: hollow_cnf(d, solver=solver),
     "masked": lambda d, solver: hollow_cnf(d, conditioner="masked", solver=solver),

@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -45,7 +46,7 @@ def test_finer_paths_for_learning():
     process = load("gbm")
     train, test = process.split(30, 20, parts=4)
     assert train.shape == (21, 30, 2) and test.shape == (6, 20, 2)
-    # Observed more often, the steps are smaller and the marginals the same.
+    # Observed more often, the steps are smaller.
     steps = process.paths(2000, 4).log().diff(dim=0)
     assert_close(steps.std((0, 1)), torch.tensor([0.3, 0.5]) * math.sqrt(0.05), rtol=0.05, atol=0)
 
@@ -147,6 +148,30 @@ def test_runs_repeat(tmp_path):
     other = run(load("gbm"), replace(config, seed=6), tmp_path / "b")
     assert first.distances == again.distances != other.distances
     assert first.diffusion_error < 1e-5 and 0 < first.drift_error_inside != first.drift_error
+
+
+def test_transitions_are_learned_from_finer_paths(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiment, "fit_transitions", lambda times, sde, z, config: seen.append((times, z)))
+    run(load("ou-1"), Config("ou-1", "transitions", 3, 0, 20, 15), tmp_path)
+    ((times, z),) = seen
+    assert len(times) == len(z) == 6 * experiment.PARTS + 1
+    assert_close(times, torch.linspace(0, 1.5, len(times)))
+
+
+def test_each_start_once_where_there_are_just_enough(tmp_path):
+    for train, distinct in ((15, 15), (20, None)):
+        run(load("ou-1"), Config("ou-1", "known-noise", 1, 0, train, 15), tmp_path)
+        (path,) = tmp_path.glob(f"ou-1/*-{train}-15-0.npz")
+        starts = np.load(path)["equation"][0]
+        assert (len(np.unique(starts)) == 15) == (distinct == 15)
+
+
+@pytest.mark.parametrize("argument", [["--noise", "-1"], ["--weight", "inf"]])
+def test_numbers_out_of_range(argument, capsys):
+    with pytest.raises(SystemExit):
+        experiment.main(["--process", "ou-1", *argument])
+    assert f"argument {argument[0]}: must be at least 0 and finite" in capsys.readouterr().err
 
 
 def test_tables():

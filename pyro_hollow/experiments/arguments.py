@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 
-__all__ = ["not_negative", "positive"]
+__all__ = ["not_negative", "not_negative_real", "positive"]
 
 
 def positive(text: str) -> int:
@@ -15,6 +16,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
+    return value
+
+
+def not_negative_real(text: str) -> float:
+    """A finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and finite, but got {text}")
     return value
 
 

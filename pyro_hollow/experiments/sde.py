@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_hollow.experiments.arguments import positive
+from pyro_hollow.experiments.arguments import not_negative_real, positive
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.files import write
@@ -522,9 +522,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="default: matching transitions",
     )  # fmt: skip
     parser.add_argument("--steps", type=positive, default=2000, help="steps (default: 2000)")
-    parser.add_argument("--weight", type=float, default=WEIGHT, help=f"of the residual (default: {WEIGHT})")
+    parser.add_argument("--weight", type=not_negative_real, default=WEIGHT, help=f"of the residual (default: {WEIGHT})")
     parser.add_argument(
-        "--noise", type=float, default=0.5,
+        "--noise", type=not_negative_real, default=0.5,
         help="smallest diffusion, in standard deviations over the root of the time span (default: 0.5)",
     )  # fmt: skip
     parser.add_argument("--seed", nargs="+", type=int, default=list(range(10)), help="seeds (default: 0 to 9)")

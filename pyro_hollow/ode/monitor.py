@@ -75,12 +75,12 @@ _FAILURES = {
     "underflow": (
         "step size underflowed",
         "The field has a singularity or is too stiff for this tolerance: raise rtol and atol (float32 resolves about "
-        "1e-6, use float64 below), or take Solver('bdf') for a stiff field.",
+        "1e-6, use float64 below). A stiff field wants an implicit method, such as Solver('bdf').",
     ),
     "max_nfe": (
         "solve needs more than max_nfe evaluations",
-        "A stiff field wants Solver('bdf'). Otherwise raise rtol and atol, raise max_nfe, or, if training made the "
-        "field diverge, lower the learning rate or clip gradients.",
+        "A stiff field wants an implicit method, such as Solver('bdf'). Otherwise raise rtol and atol, raise max_nfe, "
+        "or, if training made the field diverge, lower the learning rate or clip gradients.",
     ),
     "max_num_steps": (
         "solve needs more than max_num_steps steps",

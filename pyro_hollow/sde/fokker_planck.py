@@ -137,11 +137,11 @@ class FokkerPlanckMatching(nn.Module):
     - "both": half of the terms each.
 
     The noise is yours to choose, as marginals do not determine it. A free g shrinks to the smallest that its network
-    allows: the errors of the learned score and curvature enter the residual times g and :math:`g^2`. What is left is a
-    transport, which never forgets an error. So give g if it is known, or else the ``min_diffusion`` of
-    :class:`~pyro_hollow.sde.DiagonalSDE`: half of the data's standard deviation over the square root of the span of
-    time is a fair convention. With noise the drift pulls towards p; with much of it the drift is mostly score, and
-    harder to learn.
+    allows: the terms with g bring errors of the learned score and curvature into the residual, and fewer the smaller g
+    is. What is left is a transport, which never forgets an error. So give g if it is known, or else the
+    ``min_diffusion`` of :class:`~pyro_hollow.sde.DiagonalSDE`: half of the data's standard deviation over the square
+    root of the span of time is a fair convention. With noise the drift pulls towards p; with much of it the drift is
+    mostly score, and harder to learn.
 
     Example usage:
 
@@ -153,8 +153,9 @@ class FokkerPlanckMatching(nn.Module):
         :class:`~pyro_hollow.sde.GaussianMixtureMarginals`.
     :param sde: the stochastic differential equation.
     :param float weight: :math:`\lambda`, in units of time squared. It matters to the density: a large one bends it
-        towards what is easy to match. The equation is in the residual alone, whose scale Adam does not see, so a small
-        one does not slow it down; it learns what is noise in the density, too.
+        towards what is easy to match. The equation is in the residual alone, whose scale Adam does not see (but
+        the clipping of :func:`fit` does), so a small one hardly slows it down; it learns what is noise in the density,
+        too.
     :param str where: "data", "proposal" or "both".
     :param float broadening: the standard deviation of the proposal's noise, in standard deviations of the batch.
     :raises ValueError: for a weight or broadening that is negative and an unknown place.

@@ -130,8 +130,7 @@ class LowRankFreeFormNN(nn.Module):
 
         :param Tensor context: the context with shape ``(*, context_dim)``, whose batch broadcasts against the state's.
         """
-        # The root keeps steps of Adam, of one size for all weights, from changing the field the more, the larger the
-        # context is.
+        # Adam's steps have one size for all weights: without the root, those of a large context would go too far.
         amortized = self.amortization(context / math.sqrt(self.context_dim))
         return _LowRankField(self, amortized.split(self._sizes, dim=-1))
 
