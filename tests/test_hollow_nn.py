@@ -412,6 +412,15 @@ def test_float32(make, context_dim, d):
     assert_close(divergence, torch.einsum("bibi->b", full), 1e-4)
 
 
+def test_activations_of_conditioner_and_transformer():
+    net = make_net(3, hidden_dims=[5, 4], activation=("silu", "softplus"))
+    conditioner = GroupedConditioner(3, [5, 4], activation="silu")
+    same = HollowNN(3, conditioner=conditioner, activation="softplus")
+    same.load_state_dict(net.state_dict())
+    t, x, _ = make_inputs(3)
+    assert torch.equal(net(t, x), same(t, x))
+
+
 def test_conditioner_may_be_an_instance():
     conditioner = GroupedConditioner(4, [8, 6])
     net = make_net(4, conditioner=conditioner)
@@ -439,6 +448,9 @@ INVALID = {
     ),
     "no conditioner": (lambda: HollowNN(2, conditioner=None), "conditioner must be one of"),
     "unknown activation": (lambda: HollowNN(2, activation="relu"), "activation must be one of"),
+    "unknown activation of two": (lambda: HollowNN(2, activation=("tanh", "relu")), "activation must be one of"),
+    "three activations": (lambda: HollowNN(2, activation=("tanh",) * 3), "activation must be a name, or those of"),
+    "no activation": (lambda: HollowNN(2, activation=None), "activation must be a name, or those of"),
     "no hidden layers": (lambda: HollowNN(2, []), "hidden_dims"),
     "no units": (lambda: HollowNN(2, transformer_dim=0), "width must"),
     "context for a network without": (lambda: HollowNN(2).bind(torch.zeros(1)), "context was given"),

@@ -166,6 +166,12 @@ def test_masked(activation, d, hidden_dims, context_shape):
     check_gradients(field, (4,), d)
 
 
+def test_activations_of_two_kinds():
+    _, field, _ = make_field(3, activation=("silu", "tanh"))
+    check_record(field, (4,), 3)
+    check_gradients(field, (4,), 3)
+
+
 @each_batch
 def test_masked_of_every_batch_shape(batch_shape, context_shape):
     _, field, _ = make_field(3, batch_shape, context_shape, conditioner="masked", hidden_dims=[4, 6])

@@ -130,7 +130,7 @@ class ConditionalHollowNN(nn.Module):
     :param transformer: None for the closed form, or a module that maps ``(*, 2 + d_h)``, holding
         :math:`[x_i, t, h_i]`, to ``(*, 1)``; see :class:`~pyro_hollow.nn.ModuleTransformer`.
     :param int transformer_dim: the number of units per coordinate of the closed-form transformer. Defaults to 16.
-    :param str activation: "tanh", "softplus" or "silu".
+    :param activation: "tanh", "softplus" or "silu"; or two of them, that of the conditioner and the transformer's.
     :raises ValueError: for sizes and names that do not fit, for settings that would have no effect, and if h_i depends
         on x_i in a conditioner of your own.
 
@@ -148,9 +148,14 @@ class ConditionalHollowNN(nn.Module):
         conditioner: str | Conditioner = "grouped",
         transformer: nn.Module | None = None,
         transformer_dim: int | None = None,
-        activation: str = "tanh",
+        activation: str | tuple[str, str] = "tanh",
     ) -> None:
         super().__init__()
+        pair = (activation, activation) if isinstance(activation, str) else activation
+        if not (isinstance(pair, Sequence) and len(pair) == 2):
+            raise ValueError(
+                f"activation must be a name, or those of conditioner and transformer, but got {activation!r}"
+            )
         if input_dim < 1:
             raise ValueError(f"input_dim must be at least 1, but got {input_dim}")
         if context_dim < 0:
@@ -163,12 +168,12 @@ class ConditionalHollowNN(nn.Module):
             _check_conditioner(conditioner, input_dim, context_dim)
             self.conditioner = conditioner
         else:
-            self.conditioner = _make_conditioner(conditioner, input_dim, context_dim, hidden_dims, activation)
+            self.conditioner = _make_conditioner(conditioner, input_dim, context_dim, hidden_dims, pair[0])
         sizes = (input_dim, self.conditioner.hidden_dim, context_dim)
         self.transformer: Transformer
         if transformer is None:
             width = 16 if transformer_dim is None else transformer_dim
-            self.transformer = ClosedFormTransformer(*sizes, width=width, activation=activation)
+            self.transformer = ClosedFormTransformer(*sizes, width=width, activation=pair[1])
         elif transformer_dim is not None:
             raise ValueError("transformer_dim has no effect on a transformer of your own: leave one of them out")
         else:
@@ -236,7 +241,7 @@ class HollowNN(ConditionalHollowNN):
         conditioner: str | Conditioner = "grouped",
         transformer: nn.Module | None = None,
         transformer_dim: int | None = None,
-        activation: str = "tanh",
+        activation: str | tuple[str, str] = "tanh",
     ) -> None:
         super().__init__(
             input_dim,
