@@ -75,7 +75,7 @@ GUIDES: dict[str, Callable[[Any], AutoGuide]] = {
 VARIANTS: dict[str, Callable[[Any], AutoGuide]] = {
     "penalty": _hollow(penalty=1e-3),
     "no-warm-up": _hollow(warm_up=0),
-    "tanh": _hollow(activation="tanh"),
+    "silu": _hollow(activation=("silu", "tanh")),
     "diagonal": _hollow(affine="diagonal"),
     "path-gradient": _hollow(path_gradient=True),
     "rtol-1e-1": _hollow(solver=Solver(rtol=1e-1, atol=1e-1)),

@@ -204,8 +204,9 @@ class AutoHollowCNF(AutoContinuous):
         :class:`~pyro.infer.RenyiELBO`, and off with a penalty.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
-        "grouped" up to 256 latents, and to "leave-one-out" beyond; its activation to "silu", which leaves importance
-        weights of lighter tails than "tanh", and the transformer's to "tanh".
+        "grouped" up to 256 latents, and to "leave-one-out" beyond. ``activation=("silu", "tanh")`` fits many a smooth
+        posterior better, with a lower k-hat; but only with bounded hidden units ("tanh") is the flow sure to exist
+        everywhere: far outside, the field may then grow faster than the state.
     :raises ValueError: for arguments out of range, and when a state for another number of latents is loaded.
     :raises NotImplementedError: on the first call, for local latents in a subsampled plate.
     """
@@ -295,8 +296,7 @@ class AutoHollowCNF(AutoContinuous):
         log_scale = affine[:, 1:].diagonal() if self._full else affine[:, 1]
         log_scale.fill_(math.log(self._init_scale))
         self.affine = nn.Parameter(affine / _AFFINE_RATE)
-        conditioner = "grouped" if d <= _MAX_GROUPED else "leave-one-out"
-        settings = {"conditioner": conditioner, "activation": ("silu", "tanh"), **self._settings}
+        settings = {"conditioner": "grouped" if d <= _MAX_GROUPED else "leave-one-out", **self._settings}
         # A copy each: a conditioner of the user's own must not be shared.
         own = [copy.deepcopy(settings["conditioner"]) for _ in range(self._num_transforms)]
         flows = [hollow_cnf(d, **{**settings, "conditioner": conditioner}).to(loc) for conditioner in own]
