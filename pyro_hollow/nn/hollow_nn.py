@@ -88,8 +88,8 @@ class HollowField:
     def tape(self, batch_shape: torch.Size) -> HollowTape | None:
         """
         A tape that records evaluations of the field with its divergence and differentiates them by hand, as
-        :class:`~pyro_hollow.ode.Solver` uses it; None for other conditioners than "grouped" and
-        "masked" and for a transformer of your own.
+        :class:`~pyro_hollow.ode.Solver` uses it; None for other conditioners than "grouped" and "masked", and for a
+        transformer of your own.
 
         :param batch_shape: the batch shape ``(*,)`` of the states.
         """
