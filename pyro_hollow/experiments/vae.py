@@ -282,7 +282,7 @@ def gradients(configs: Sequence[Config], output: Path, images: Images, device: t
 
 #: What a data set's size asks for, where nothing else is said.
 _DEFAULTS = {
-    "digits": {"epochs": 100, "latent_dim": 16, "hidden_dim": 128, "batch_size": 64, "lr": 8e-3},
+    "digits": {"epochs": 100, "latent_dim": 16, "hidden_dim": 128, "batch_size": 64, "lr": 1.6e-2},
     "mnist": {"epochs": 20, "latent_dim": 64, "hidden_dim": 512, "batch_size": 128, "lr": 4e-3},
     "omniglot": {"epochs": 40, "latent_dim": 64, "hidden_dim": 512, "batch_size": 128, "lr": 4e-3},
 }
@@ -319,7 +319,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, otherwise 64)")
     add("--hidden-dim", type=positive, help="width of the networks (default: 128 for digits, 512; 256 for conv)")
     add("--batch-size", type=positive, help="images a batch, over all devices (default: 64 for digits, otherwise 128)")
-    add("--lr", type=_rate, help="learning rate of Adamax (default: 8e-3 for digits, otherwise 4e-3)")
+    add("--lr", type=_rate, help="learning rate of Adamax (default: 1.6e-2 for digits, otherwise 4e-3)")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate (default: cosine)")
     add("--tolerance", type=_rate, default=1e-3, help="rtol and atol of training solves by dopri5 (default: 1e-3)")
     add("--adjoint", action="store_true", help="gradients of continuous flows by the adjoint method")
