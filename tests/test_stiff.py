@@ -10,7 +10,7 @@ import torch
 
 from pyro_hollow.experiments import stiff, stiff_problems
 from pyro_hollow.experiments.stiff_problems import PROBLEMS, linear, load
-from pyro_hollow.ode import Solver
+from pyro_hollow.ode import Solver, SolverError
 
 
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if "512" not in name])
@@ -56,6 +56,21 @@ def test_evaluations_of_scipy_are_all_counted():
     found, count = stiff.scipy_solve(problem, "BDF", 1e-3)
     assert count >= found.nfev + 3 * found.njev  # differences for its Jacobians, of which nfev knows nothing
     assert stiff.scipy_solve(problem, "BDF", 1e-3, max_nfe=5) == (None, 6)
+
+
+def test_why_a_run_did_not_reach_the_end_is_told_apart():
+    config = stiff.Config("linear", "dopri5", 1e-3, 1500)
+    cells = {}
+    for name, solver, field in (
+        ("long", Solver(max_nfe=1500), lambda t, x: -1e5 * x),
+        ("diverging", Solver(max_nfe=1500), lambda t, x: x * float("nan")),
+    ):
+        with pytest.raises(SolverError) as raised:
+            solver.integrate(field, torch.ones(1, 1), 0.0, 1.0)
+        runs = {"dopri5": [stiff.Result(config, failure=str(raised.value))]}
+        cells[name] = stiff.format_table("title", runs, 1e-3).splitlines()[-1]
+    assert "more than 1,500" in cells["long"]
+    assert "failed" in cells["diverging"] and "more than" not in cells["diverging"]
 
 
 def test_tables_figures_and_kept_runs(tmp_path, capsys):
