@@ -160,11 +160,11 @@ def test_transitions_are_learned_from_finer_paths(tmp_path, monkeypatch):
 
 
 def test_each_start_once_where_there_are_just_enough(tmp_path):
-    for train, distinct in ((15, 15), (20, None)):
+    for train, once in ((15, True), (20, False)):
         run(load("ou-1"), Config("ou-1", "known-noise", 1, 0, train, 15), tmp_path)
         (path,) = tmp_path.glob(f"ou-1/*-{train}-15-0.npz")
         starts = np.load(path)["equation"][0]
-        assert (len(np.unique(starts)) == 15) == (distinct == 15)
+        assert (len(np.unique(starts)) == 15) == once
 
 
 @pytest.mark.parametrize("argument", [["--noise", "-1"], ["--weight", "inf"]])

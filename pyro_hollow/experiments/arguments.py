@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 
-__all__ = ["not_negative", "not_negative_real", "positive"]
+__all__ = ["not_negative", "not_negative_real", "positive", "positive_real"]
 
 
 def positive(text: str) -> int:
@@ -16,6 +16,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
+    return value
+
+
+def positive_real(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, but got {text}")
     return value
 
 

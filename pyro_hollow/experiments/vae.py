@@ -34,7 +34,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from pyro_hollow.experiments.arguments import not_negative, positive
+from pyro_hollow.experiments.arguments import not_negative, positive, positive_real
 from pyro_hollow.experiments.data import BINARIZATIONS, DATASETS, DataError, Images, load_images
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.files import write
@@ -319,9 +319,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, otherwise 64)")
     add("--hidden-dim", type=positive, help="width of the networks (default: 128 for digits, 512; 256 for conv)")
     add("--batch-size", type=positive, help="images a batch, over all devices (default: 64 for digits, otherwise 128)")
-    add("--lr", type=_rate, help="learning rate of Adamax (default: 1.6e-2 for digits, otherwise 4e-3)")
+    add("--lr", type=positive_real, help="learning rate of Adamax (default: 1.6e-2 for digits, otherwise 4e-3)")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate (default: cosine)")
-    add("--tolerance", type=_rate, default=1e-3, help="rtol and atol of training solves by dopri5 (default: 1e-3)")
+    add(
+        "--tolerance",
+        type=positive_real,
+        default=1e-3,
+        help="rtol and atol of training solves by dopri5 (default: 1e-3)",
+    )
     add("--adjoint", action="store_true", help="gradients of continuous flows by the adjoint method")
     add("--num-samples", type=positive, default=100, metavar="K", help="importance samples an image (default: 100)")
     add("--nll-images", type=not_negative, help="test images for the likelihood, 0 for none (default: all)")
@@ -333,13 +338,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--strategy", default="auto", help="of Lightning's Trainer, such as ddp (default: auto)")
     add("--config", type=Path, help="YAML file with options")
     return parser
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive and finite, but got {text}")
-    return value
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
