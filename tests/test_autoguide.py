@@ -48,6 +48,7 @@ from transform_checks import QUICK, TIGHT, strengthen
 
 from pyro_hollow import Solver, conditional_hollow_cnf
 from pyro_hollow.infer import AutoHollowCNF, autoguide
+from pyro_hollow.nn.activations import get_activation
 from pyro_hollow.nn.conditioner import GroupedConditioner, LeaveOneOutConditioner
 
 LATENT = "_AutoHollowCNF_latent"
@@ -1416,6 +1417,13 @@ def test_settings_reach_the_flow():
     guide = ready(AutoHollowCNF(vector, [5], transformer_dim=3, activation="silu", time=2.0))
     (flow,) = guide.flows
     assert flow.time == 2.0 and flow.nn.transformer.activation == "silu" and flow.nn.transformer.width == 3
+
+
+def test_default_activations():
+    (flow,) = ready(AutoHollowCNF(vector)).flows
+    assert flow.nn.conditioner.bind().activation is get_activation("silu")
+    assert flow.nn.transformer.activation == "tanh"
+    assert flow.nn.transformer.max_rate == 4.0
 
 
 @pytest.mark.parametrize("d, conditioner", [(8, GroupedConditioner), (300, LeaveOneOutConditioner)])

@@ -497,8 +497,9 @@ def test_every_sample_may_have_its_own_time(conditioner, transformer, shape):
 def test_settings_without_effect_are_refused():
     with pytest.raises(ValueError, match="hidden_dims"):
         HollowNN(3, [8, 8], conditioner=GroupedConditioner(3, [8, 8]))
-    with pytest.raises(ValueError, match="transformer_dim"):
-        HollowNN(3, transformer=torch.nn.Linear(34, 1), transformer_dim=8)
+    for setting in ({"transformer_dim": 8}, {"max_rate": 4.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} has no effect"):
+            HollowNN(3, transformer=torch.nn.Linear(34, 1), **setting)
 
 
 def test_conditioner_that_overrides_nothing():

@@ -172,6 +172,15 @@ def test_activations_of_two_kinds():
     check_gradients(field, (4,), 3)
 
 
+@each_activation
+@pytest.mark.parametrize("context_shape", [None, (4,)], ids=["no context", "context"])
+@pytest.mark.parametrize("max_rate", [0.5, 4.0])
+def test_maximal_rate(activation, context_shape, max_rate):
+    _, field, _ = make_field(3, (4,), context_shape, activation=activation, max_rate=max_rate)
+    check_record(field, (4,), 3)
+    check_gradients(field, (4,), 3)
+
+
 @each_batch
 def test_masked_of_every_batch_shape(batch_shape, context_shape):
     _, field, _ = make_field(3, batch_shape, context_shape, conditioner="masked", hidden_dims=[4, 6])

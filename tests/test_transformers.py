@@ -16,11 +16,12 @@ D, HIDDEN_DIM, CONTEXT_DIM, WIDTH = 3, 4, 2, 5
 TIME = torch.tensor(0.3, dtype=torch.float64)
 
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+each_max_rate = pytest.mark.parametrize("max_rate", [None, 0.5, 4.0], ids=["unbounded", "max_rate 0.5", "max_rate 4"])
 each_context_dim = pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM], ids=["no context", "context"])
 
 
-def make_closed_form(activation="tanh", context_dim=0):
-    net = ClosedFormTransformer(D, HIDDEN_DIM, context_dim, width=WIDTH, activation=activation)
+def make_closed_form(activation="tanh", context_dim=0, max_rate=None):
+    net = ClosedFormTransformer(D, HIDDEN_DIM, context_dim, width=WIDTH, activation=activation, max_rate=max_rate)
     # A fresh transformer is nearly zero, and errors would hide.
     return randomize(net)
 
@@ -77,6 +78,7 @@ each_module = pytest.mark.parametrize("make, vanishing", MODULES.values(), ids=M
 #: Transformers that do not depend on a context, but on all else.
 TRANSFORMERS = {
     "closed form": make_closed_form,
+    "closed form, max_rate": lambda: make_closed_form(max_rate=2.0),
     "module": lambda: ModuleTransformer(smooth_module(), D, HIDDEN_DIM),
 }
 each_transformer = pytest.mark.parametrize("make", TRANSFORMERS.values(), ids=TRANSFORMERS)
@@ -106,6 +108,8 @@ def plain_closed_form(net, x, h, context):
         context_weight = net.context_weight.view(D, WIDTH + 2, CONTEXT_DIM)
         rows = rows + torch.einsum("irc,...c->...ir", context_weight, context)
     p, a, b = rows[..., :WIDTH], rows[..., WIDTH], rows[..., WIDTH + 1]
+    if net.max_rate is not None:
+        a = net.max_rate * torch.tanh(a / net.max_rate)
     u, v = net.input_weight.squeeze(-1), net.output_weight.squeeze(-2)
     return a * x + b + (v * ACTIVATIONS[net.activation](u * x.unsqueeze(-1) + p)).sum(-1)
 
@@ -121,8 +125,9 @@ def test_closed_form_against_its_own_value(activation, context_dim):
 
 @each_activation
 @each_context_dim
-def test_closed_form_against_the_formula(activation, context_dim):
-    net = make_closed_form(activation, context_dim)
+@each_max_rate
+def test_closed_form_against_the_formula(activation, context_dim, max_rate):
+    net = make_closed_form(activation, context_dim, max_rate)
     x, h, context = make_inputs(context_dim)
     expected = nested_autograd(lambda x: plain_closed_form(net, x, h, context), x, 4)
     assert_all_close(net.bind(context).derivatives(TIME, x, h, 4), expected, 1e-11)
@@ -287,6 +292,21 @@ def test_wrong_output_of_a_module(order, features):
     x, h, _ = make_inputs()
     with pytest.raises(ValueError, match="one feature each"):
         bound.derivatives(TIME, x, h, order)
+
+
+@pytest.mark.parametrize("max_rate", [0.0, -1.0, float("inf"), float("nan")])
+def test_invalid_max_rate(max_rate):
+    with pytest.raises(ValueError, match=f"max_rate must be positive and finite, or None, but got {max_rate}"):
+        ClosedFormTransformer(D, HIDDEN_DIM, max_rate=max_rate)
+
+
+def test_max_rate_bounds_the_slope_far_out():
+    # Units of tanh are flat there, so that the affine part is all that is left.
+    net = make_closed_form(context_dim=CONTEXT_DIM, max_rate=0.5)
+    _, h, context = make_inputs(CONTEXT_DIM)
+    _, slope = net.bind(1e3 * context).derivatives(TIME, torch.full((6, D), 1e8), 1e3 * h, 1)
+    assert slope.abs().max() <= 0.5
+    assert slope.abs().min() > 0.49
 
 
 @pytest.mark.parametrize("width", [0, -1])

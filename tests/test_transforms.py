@@ -570,3 +570,10 @@ def test_zero_inputs_have_finite_gradients():
     x.requires_grad_()
     hollow_cnf(3)(x).sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("make", [hollow_cnf, lambda *args, **kwargs: conditional_hollow_cnf(*args, 3, **kwargs)])
+def test_flows_bound_their_rates_by_default(make):
+    assert make(2).nn.transformer.max_rate == 4.0
+    assert make(2, max_rate=None).nn.transformer.max_rate is None
+    make(2, transformer=torch.nn.Linear(34, 1))  # to which a maximal rate does not apply

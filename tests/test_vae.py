@@ -520,10 +520,10 @@ def test_missing_yaml_is_explained(tmp_path, capsys):
 
 
 DEFAULTS = {
-    "digits": ([], 100, 25, 16, 128, 64),
-    "mnist": (["--data", "mnist"], 20, 5, 64, 512, 128),
-    "omniglot": (["--data", "omniglot"], 40, 10, 64, 512, 128),
-    "conv": (["--data", "mnist", "--network", "conv"], 20, 5, 64, 256, 128),
+    "digits": ([], 100, 80, 16, 128, 64),
+    "mnist": (["--data", "mnist"], 10, 8, 64, 512, 32),
+    "omniglot": (["--data", "omniglot"], 20, 16, 64, 512, 32),
+    "conv": (["--data", "mnist", "--network", "conv"], 10, 8, 64, 256, 32),
     "few epochs": (["--epochs", "2"], 2, 1, 16, 128, 64),
     "all given": ("--epochs 9 --warmup 0 --latent-dim 3 --hidden-dim 5 --batch-size 7".split(), 9, 0, 3, 5, 7),
 }

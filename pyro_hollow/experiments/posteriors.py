@@ -75,7 +75,8 @@ GUIDES: dict[str, Callable[[Any], AutoGuide]] = {
 VARIANTS: dict[str, Callable[[Any], AutoGuide]] = {
     "penalty": _hollow(penalty=1e-3),
     "no-warm-up": _hollow(warm_up=0),
-    "silu": _hollow(activation=("silu", "tanh")),
+    "tanh": _hollow(activation="tanh"),
+    "no-max-rate": _hollow(max_rate=None),
     "diagonal": _hollow(affine="diagonal"),
     "path-gradient": _hollow(path_gradient=True),
     "rtol-1e-1": _hollow(solver=Solver(rtol=1e-1, atol=1e-1)),

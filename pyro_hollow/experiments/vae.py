@@ -283,8 +283,8 @@ def gradients(configs: Sequence[Config], output: Path, images: Images, device: t
 #: What a data set's size asks for, where nothing else is said.
 _DEFAULTS = {
     "digits": {"epochs": 100, "latent_dim": 16, "hidden_dim": 128, "batch_size": 64, "lr": 1.6e-2},
-    "mnist": {"epochs": 20, "latent_dim": 64, "hidden_dim": 512, "batch_size": 128, "lr": 4e-3},
-    "omniglot": {"epochs": 40, "latent_dim": 64, "hidden_dim": 512, "batch_size": 128, "lr": 4e-3},
+    "mnist": {"epochs": 10, "latent_dim": 64, "hidden_dim": 512, "batch_size": 32, "lr": 4e-3},
+    "omniglot": {"epochs": 20, "latent_dim": 64, "hidden_dim": 512, "batch_size": 32, "lr": 4e-3},
 }
 
 
@@ -304,11 +304,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--binarization", choices=BINARIZATIONS, default="static", help="of mnist (default: static)")
     add("--network", choices=NETWORKS, default="mlp", help="encoder and decoder (default: mlp)")
     add("--seed", nargs="+", type=not_negative, default=[0], help="seeds (default: 0)")
-    add("--epochs", type=positive, help="at most (default: 100 for digits, 20 for mnist, 40 for omniglot)")
+    add("--epochs", type=positive, help="at most (default: 100 for digits, 10 for mnist, 20 for omniglot)")
     add(
         "--warmup",
         type=not_negative,
-        help="epochs in which the KL weight rises to 1 (default: a quarter of the epochs)",
+        help="epochs in which the KL weight rises to 1 (default: four fifths of all)",
     )
     add(
         "--patience",
@@ -318,7 +318,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, otherwise 64)")
     add("--hidden-dim", type=positive, help="width of the networks (default: 128 for digits, 512; 256 for conv)")
-    add("--batch-size", type=positive, help="images a batch, over all devices (default: 64 for digits, otherwise 128)")
+    add("--batch-size", type=positive, help="images a batch, over all devices (default: 64 for digits, otherwise 32)")
     add("--lr", type=positive_real, help="learning rate of Adamax (default: 1.6e-2 for digits, otherwise 4e-3)")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate (default: cosine)")
     add(
@@ -372,7 +372,8 @@ def make_config(args: argparse.Namespace, flow: str, seed: int) -> Config:
     if args.network == "conv":
         defaults["hidden_dim"] = 256
     settings = {**defaults, **given, "flow": flow, "seed": seed}
-    settings.setdefault("warmup", max(1, settings["epochs"] // 4))
+    # A KL divergence at full weight too early switches latent variables off, some of them for good.
+    settings.setdefault("warmup", max(1, settings["epochs"] * 4 // 5))
     return Config(**{field.name: settings[field.name] for field in fields(Config)})
 
 

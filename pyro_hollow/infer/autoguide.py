@@ -204,9 +204,8 @@ class AutoHollowCNF(AutoContinuous):
         :class:`~pyro.infer.RenyiELBO`, and off with a penalty.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
-        "grouped" up to 256 latents, and to "leave-one-out" beyond. ``activation=("silu", "tanh")`` fits many a smooth
-        posterior better, with a lower k-hat; but only with bounded hidden units ("tanh") is the flow sure to exist
-        everywhere: far outside, the field may then grow faster than the state.
+        "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
+        conditioner and the transformer's. ``activation="tanh"`` fits several separate modes better.
     :raises ValueError: for arguments out of range, and when a state for another number of latents is loaded.
     :raises NotImplementedError: on the first call, for local latents in a subsampled plate.
     """
@@ -254,6 +253,7 @@ class AutoHollowCNF(AutoContinuous):
             "hidden_dims": hidden_dims,
             "solver": Solver(rtol=1e-3, atol=1e-3) if solver is None else solver,
             "regularize": penalty > 0,
+            "activation": ("silu", "tanh"),
             **kwargs,
         }
 

@@ -131,6 +131,8 @@ class ConditionalHollowNN(nn.Module):
         :math:`[x_i, t, h_i]`, to ``(*, 1)``; see :class:`~pyro_hollow.nn.ModuleTransformer`.
     :param int transformer_dim: the number of units per coordinate of the closed-form transformer. Defaults to 16.
     :param activation: "tanh", "softplus" or "silu"; or two of them, that of the conditioner and the transformer's.
+    :param float max_rate: a bound on the rate at which the closed form's affine part expands and contracts, see
+        :class:`~pyro_hollow.nn.ClosedFormTransformer`; None for no bound.
     :raises ValueError: for sizes and names that do not fit, for settings that would have no effect, and if h_i depends
         on x_i in a conditioner of your own.
 
@@ -149,6 +151,7 @@ class ConditionalHollowNN(nn.Module):
         transformer: nn.Module | None = None,
         transformer_dim: int | None = None,
         activation: str | tuple[str, str] = "tanh",
+        max_rate: float | None = None,
     ) -> None:
         super().__init__()
         pair = (activation, activation) if isinstance(activation, str) else activation
@@ -173,9 +176,10 @@ class ConditionalHollowNN(nn.Module):
         self.transformer: Transformer
         if transformer is None:
             width = 16 if transformer_dim is None else transformer_dim
-            self.transformer = ClosedFormTransformer(*sizes, width=width, activation=pair[1])
-        elif transformer_dim is not None:
-            raise ValueError("transformer_dim has no effect on a transformer of your own: leave one of them out")
+            self.transformer = ClosedFormTransformer(*sizes, width=width, activation=pair[1], max_rate=max_rate)
+        elif transformer_dim is not None or max_rate is not None:
+            name = "transformer_dim" if transformer_dim is not None else "max_rate"
+            raise ValueError(f"{name} has no effect on a transformer of your own: leave one of them out")
         else:
             self.transformer = ModuleTransformer(transformer, *sizes)
 
@@ -225,7 +229,7 @@ class HollowNN(ConditionalHollowNN):
 
     :param int input_dim: the number d of coordinates; 1 works (the conditioner then sees time alone).
     :param hidden_dims: widths of the conditioner's layers; see :class:`~pyro_hollow.nn.ConditionalHollowNN`.
-    :param kwargs: conditioner, transformer, transformer_dim and activation, as for
+    :param kwargs: conditioner, transformer, transformer_dim, activation and max_rate, as for
         :class:`~pyro_hollow.nn.ConditionalHollowNN`.
 
     References:
@@ -242,6 +246,7 @@ class HollowNN(ConditionalHollowNN):
         transformer: nn.Module | None = None,
         transformer_dim: int | None = None,
         activation: str | tuple[str, str] = "tanh",
+        max_rate: float | None = None,
     ) -> None:
         super().__init__(
             input_dim,
@@ -251,6 +256,7 @@ class HollowNN(ConditionalHollowNN):
             transformer=transformer,
             transformer_dim=transformer_dim,
             activation=activation,
+            max_rate=max_rate,
         )
 
 

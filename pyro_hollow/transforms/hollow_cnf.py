@@ -261,6 +261,11 @@ class ConditionalHollowCNF(ConditionalCNF):
         return ConditionedHollowCNF(self.nn, context, **settings, regularize=self.regularize)
 
 
+def _with_max_rate(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A flow bounds its closed form's rates: scales by exp(4) are enough, and stiff equations are expensive."""
+    return {"max_rate": 4.0, **kwargs} if kwargs.get("transformer") is None else kwargs
+
+
 def hollow_cnf(
     input_dim: int,
     hidden_dims: Sequence[int] | None = None,
@@ -290,9 +295,9 @@ def hollow_cnf(
     :type cache_size: int
     :param regularize: True to integrate a penalty along; see :class:`~pyro_hollow.transforms.HollowCNF`
     :type regularize: bool
-    :param kwargs: transformer, transformer_dim and activation of the network
+    :param kwargs: transformer, transformer_dim, activation and max_rate of the network; max_rate defaults to 4
     """
-    network = HollowNN(input_dim, hidden_dims, conditioner=conditioner, **kwargs)
+    network = HollowNN(input_dim, hidden_dims, conditioner=conditioner, **_with_max_rate(kwargs))
     return HollowCNF(network, solver=solver, time=time, cache_size=cache_size, regularize=regularize)
 
 
@@ -328,7 +333,9 @@ def conditional_hollow_cnf(
     :type cache_size: int
     :param regularize: True to integrate a penalty along; see :class:`~pyro_hollow.transforms.HollowCNF`
     :type regularize: bool
-    :param kwargs: transformer, transformer_dim and activation of the network
+    :param kwargs: transformer, transformer_dim, activation and max_rate of the network; max_rate defaults to 4
     """
-    network = ConditionalHollowNN(input_dim, context_dim, hidden_dims, conditioner=conditioner, **kwargs)
+    network = ConditionalHollowNN(
+        input_dim, context_dim, hidden_dims, conditioner=conditioner, **_with_max_rate(kwargs)
+    )
     return ConditionalHollowCNF(network, solver=solver, time=time, cache_size=cache_size, regularize=regularize)
