@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -492,6 +493,14 @@ def test_every_sample_may_have_its_own_time(conditioner, transformer, shape):
         single = net.bind().dimwise_derivatives(t[index], x[index], 2)
         for value, expected in zip(results, single, strict=True):
             torch.testing.assert_close(value[index], expected)
+
+
+@pytest.mark.parametrize("max_rate, power", [(None, 2), (4.0, 1)])
+def test_growth_far_out(max_rate, power):
+    # Linear growth is what makes a flow exist everywhere; a gate of unbounded units times the state is quadratic.
+    net = make_net(3, activation=("silu", "tanh"), max_rate=max_rate)
+    near, far = (net(torch.tensor(0.3), torch.full((1, 3), size)).abs().max().item() for size in (1e5, 1e7))
+    assert math.log10(far / near) / 2 == pytest.approx(power, abs=0.05)
 
 
 def test_settings_without_effect_are_refused():
