@@ -29,6 +29,7 @@ from pyro_hollow.ode import SolverError
 
 SETTINGS = {
     "epochs": 3,
+    "warmup": 1,
     "latent-dim": 4,
     "hidden-dim": 16,
     "batch-size": 32,
