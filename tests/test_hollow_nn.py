@@ -495,10 +495,11 @@ def test_every_sample_may_have_its_own_time(conditioner, transformer, shape):
             torch.testing.assert_close(value[index], expected)
 
 
+@each_conditioner
 @pytest.mark.parametrize("max_rate, power", [(None, 2), (4.0, 1)])
-def test_growth_far_out(max_rate, power):
+def test_growth_far_out(conditioner, max_rate, power):
     # Linear growth is what makes a flow exist everywhere; a gate of unbounded units times the state is quadratic.
-    net = make_net(3, activation=("silu", "tanh"), max_rate=max_rate)
+    net = make_net(3, conditioner=conditioner, activation=("silu", "tanh"), max_rate=max_rate)
     near, far = (net(torch.tensor(0.3), torch.full((1, 3), size)).abs().max().item() for size in (1e5, 1e7))
     assert math.log10(far / near) / 2 == pytest.approx(power, abs=0.05)
 

@@ -575,5 +575,6 @@ def test_zero_inputs_have_finite_gradients():
 @pytest.mark.parametrize("make", [hollow_cnf, lambda *args, **kwargs: conditional_hollow_cnf(*args, 3, **kwargs)])
 def test_flows_bound_their_rates_by_default(make):
     assert make(2).nn.transformer.max_rate == 4.0
+    assert make(2, time=0.5).nn.transformer.max_rate == 8.0
     assert make(2, max_rate=None).nn.transformer.max_rate is None
     make(2, transformer=torch.nn.Linear(34, 1))  # to which a maximal rate does not apply

@@ -64,6 +64,8 @@ TARGETS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 #: What differs from the defaults: name to keyword arguments of :func:`~pyro_hollow.transforms.hollow_cnf`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "max_rate None": {"max_rate": None},
+    "activation silu, tanh": {"activation": ("silu", "tanh")},
     "activation silu": {"activation": "silu"},
     "activation softplus": {"activation": "softplus"},
     "hidden_dims [32]": {"hidden_dims": [32]},

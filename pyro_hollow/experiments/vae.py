@@ -314,7 +314,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--patience",
         type=not_negative,
         default=0,
-        help="epochs without a better validation -ELBO that end it (default: never)",
+        help="epochs after the warm-up without a better validation -ELBO that end it (default: never)",
     )
     add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, otherwise 64)")
     add("--hidden-dim", type=positive, help="width of the networks (default: 128 for digits, 512; 256 for conv)")

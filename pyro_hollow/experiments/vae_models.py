@@ -43,7 +43,7 @@ def _compose(layers: int, make: Callable[..., nn.Module], **kwargs: Any) -> Call
     return make_all
 
 
-def _hollow(d: int, context_dim: int, solver: Solver) -> nn.Module:
+def _hollow(d: int, context_dim: int, solver: Solver) -> ConditionalHollowCNF:
     return conditional_hollow_cnf(d, context_dim, solver=solver)
 
 
@@ -53,7 +53,7 @@ def _like_tape(solver: Solver) -> Solver:
 
 
 def _hollow_stochastic(d: int, context_dim: int, solver: Solver) -> nn.Module:
-    network = ConditionalHollowNN(d, context_dim)
+    network = _hollow(d, context_dim, solver).nn
     return ConditionalFreeFormCNF(network, divergence="hutchinson", probe="gaussian", solver=_like_tape(solver))
 
 

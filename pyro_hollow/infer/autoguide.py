@@ -205,7 +205,8 @@ class AutoHollowCNF(AutoContinuous):
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
         "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
-        conditioner and the transformer's. ``activation="tanh"`` fits several separate modes better.
+        conditioner (unless it is your own) and the transformer's. ``activation="tanh"`` fits several separate modes
+        better. With "silu" and ``max_rate=None`` the flow need not exist far from the posterior.
     :raises ValueError: for arguments out of range, and when a state for another number of latents is loaded.
     :raises NotImplementedError: on the first call, for local latents in a subsampled plate.
     """

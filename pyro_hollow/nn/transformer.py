@@ -81,16 +81,17 @@ class ClosedFormTransformer(Transformer):
         s^{(k)}(z_{im}), \quad k > 1`,
 
     which costs one more elementwise pass per order, and no backward pass.
-    The affine part lets the field expand and contract everywhere; the hidden layer bends it. The maximal rate keeps
-    a few unusual states or contexts from making the equation stiff, and hidden units without bound from making the
-    field grow faster than x.
+    The affine part lets the field expand and contract everywhere; the hidden layer bends it. A maximal rate
+    keeps unusual states and contexts from making the affine part, and so the equation, stiff; and hidden units without
+    bound ("silu", "softplus") from making the field grow faster than the state, when a flow need not exist everywhere.
 
     :param int input_dim: the number d of coordinates.
     :param int hidden_dim: the number d_h of hidden units that each coordinate receives.
     :param int context_dim: the size of the context; 0 for none.
     :param int width: the number M of units per coordinate.
     :param str activation: the function s: "tanh", "softplus" or "silu".
-    :param float max_rate: the bound A on the rates :math:`|a_i|`, per unit of time; None for no bound.
+    :param float max_rate: the bound A on the rates :math:`|a_i|`, per unit of time; None for no bound (rather
+        than a large number, with which errors of rounding grow).
     :raises ValueError: for a width below 1, another activation and a maximal rate that is not positive and finite.
     """
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -261,9 +262,11 @@ class ConditionalHollowCNF(ConditionalCNF):
         return ConditionedHollowCNF(self.nn, context, **settings, regularize=self.regularize)
 
 
-def _with_max_rate(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A flow bounds its closed form's rates: scales by exp(4) are enough, and stiff equations are expensive."""
-    return {"max_rate": 4.0, **kwargs} if kwargs.get("transformer") is None else kwargs
+def _with_max_rate(time: float, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A flow bounds the rates of its affine part: scales by exp(4) are enough, and stiff equations are expensive."""
+    if kwargs.get("transformer") is not None or not 0 < time < math.inf:  # the flow refuses such a time
+        return kwargs
+    return {"max_rate": 4.0 / time, **kwargs}
 
 
 def hollow_cnf(
@@ -295,9 +298,10 @@ def hollow_cnf(
     :type cache_size: int
     :param regularize: True to integrate a penalty along; see :class:`~pyro_hollow.transforms.HollowCNF`
     :type regularize: bool
-    :param kwargs: transformer, transformer_dim, activation and max_rate of the network; max_rate defaults to 4
+    :param kwargs: transformer, transformer_dim, activation and max_rate of the network. The affine part of the closed
+        form has a max_rate of 4 over the end time, unless you say otherwise; None is for no bound
     """
-    network = HollowNN(input_dim, hidden_dims, conditioner=conditioner, **_with_max_rate(kwargs))
+    network = HollowNN(input_dim, hidden_dims, conditioner=conditioner, **_with_max_rate(time, kwargs))
     return HollowCNF(network, solver=solver, time=time, cache_size=cache_size, regularize=regularize)
 
 
@@ -333,9 +337,10 @@ def conditional_hollow_cnf(
     :type cache_size: int
     :param regularize: True to integrate a penalty along; see :class:`~pyro_hollow.transforms.HollowCNF`
     :type regularize: bool
-    :param kwargs: transformer, transformer_dim, activation and max_rate of the network; max_rate defaults to 4
+    :param kwargs: transformer, transformer_dim, activation and max_rate of the network. The affine part of the closed
+        form has a max_rate of 4 over the end time, unless you say otherwise; None is for no bound
     """
     network = ConditionalHollowNN(
-        input_dim, context_dim, hidden_dims, conditioner=conditioner, **_with_max_rate(kwargs)
+        input_dim, context_dim, hidden_dims, conditioner=conditioner, **_with_max_rate(time, kwargs)
     )
     return ConditionalHollowCNF(network, solver=solver, time=time, cache_size=cache_size, regularize=regularize)
