@@ -91,8 +91,16 @@ def test_speed_of_whole_solves():
     assert all(float(row.split("|")[3]) > 0 for row in rows)
 
 
+def test_chosen_tables_of_speed(capsys):
+    threads = torch.get_num_threads()
+    speed.main("--table divergence --dims 2 --batch-size 3 --repeats 1 --threads 1".split())
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert printed.count("| grouped | 2 |") == 1 and "SVI" not in printed
+
+
 def test_tape_and_autograd_agree():
-    net, x = HollowNN(3), torch.randn(5, 3)
+    net, x = HollowNN(3, max_rate=4.0), torch.randn(5, 3)
     solver = speed.SOLVERS["rk4, 4 steps"]
     flows = speed.HollowCNF(net, solver=solver), speed.AutogradCNF(net, solver=solver)
     torch.testing.assert_close(*(flow.call_and_ladj(x) for flow in flows))

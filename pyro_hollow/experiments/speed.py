@@ -232,7 +232,7 @@ def tape_over_autograd(sizes: Sequence[tuple[int, int]], repeats: int) -> list[s
         "|---|---|---|---|---|---|---|",
     ]
     for d, batch in sizes:
-        net = HollowNN(d)
+        net = HollowNN(d, max_rate=4.0)  # as in a flow
         assert isinstance(net.transformer, ClosedFormTransformer)
         nn.init.normal_(net.transformer.output_weight, std=0.1)  # a field that has learned something
         x = torch.randn(batch, d)
@@ -352,25 +352,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m pyro_hollow.experiments.speed", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--dims", nargs="+", type=int, default=[16, 64, 256, 1024], help="dimensions d")
+    names = ("divergence", "peers", "tape", "svi", "memory")
+    parser.add_argument("--table", nargs="+", choices=names, default=list(names), help="what to measure (default: all)")
+    parser.add_argument(
+        "--dims", nargs="+", type=int, default=[16, 64, 256, 1024], help="dimensions d of the first two tables"
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="samples a batch (default: 256)")
     parser.add_argument("--repeats", type=int, default=15, help="repetitions (default: 15)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, CPU, {args.threads} threads, float32, batch {args.batch_size}\n")
-    print("Time of the field with its divergence, relative to the field alone:\n")
-    print("\n".join(divergence_over_field(args.dims, args.batch_size, args.repeats)), flush=True)
-    print("\nTime of the peers relative to the hollow field with divergence, forward + backward:\n")
-    small = [d for d in args.dims if d <= 256]
-    print("\n".join(peers_over_hollow(small, args.batch_size, args.repeats)), flush=True)
-    print("\nOne training step of a density, solved and differentiated by tape and by autograd:\n")
-    print("\n".join(tape_over_autograd([(10, 32), (64, 256)], args.repeats)), flush=True)
-    print("\nTime of an SVI step with 32 particles, relative to that with AutoIAFNormal, a fresh guide:\n")
-    print("\n".join(svi_steps((10, 100), 20 * args.repeats)), flush=True)
-    print("\nPeak memory of a training step of a density (rk4, 4 steps), d = 64:\n")
-    print("\n".join(memory_table(64, args.batch_size, args.threads)))
+    sizes = args.batch_size, args.repeats
+    tables: dict[str, tuple[str, Callable[[], list[str]]]] = {
+        "divergence": (
+            "Time of the field with its divergence, relative to the field alone",
+            lambda: divergence_over_field(args.dims, *sizes),
+        ),
+        "peers": (
+            "Time of the peers relative to the hollow field with divergence, forward + backward",
+            lambda: peers_over_hollow([d for d in args.dims if d <= 256], *sizes),
+        ),
+        "tape": (
+            "One training step of a density, solved and differentiated by tape and by autograd",
+            lambda: tape_over_autograd([(10, 32), (64, 256)], args.repeats),
+        ),
+        "svi": (
+            "Time of an SVI step with 32 particles, relative to that with AutoIAFNormal, a fresh guide",
+            lambda: svi_steps((10, 100), 20 * args.repeats),
+        ),
+        "memory": (
+            "Peak memory of a training step of a density (rk4, 4 steps), d = 64",
+            lambda: memory_table(64, args.batch_size, args.threads),
+        ),
+    }
+    print(f"torch {torch.__version__}, CPU, {args.threads} threads, float32, batch {args.batch_size}")
+    for name in args.table:
+        title, rows = tables[name]
+        print(f"\n{title}:\n")
+        print("\n".join(rows()), flush=True)
 
 
 if __name__ == "__main__":
