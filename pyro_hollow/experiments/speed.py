@@ -312,6 +312,7 @@ def svi_guides() -> dict[str, Callable[[Any], AutoGuide]]:
     """The guides whose steps are timed."""
     return {
         "AutoHollowCNF": lambda model: AutoHollowCNF(model, warm_up=0),
+        "AutoHollowCNF, tanh": lambda model: AutoHollowCNF(model, warm_up=0, activation="tanh"),
         "AutoHollowCNF, warming up": lambda model: AutoHollowCNF(model, warm_up=10**9),
         "AutoMultivariateNormal": AutoMultivariateNormal,
         "AutoIAFNormal": AutoIAFNormal,
