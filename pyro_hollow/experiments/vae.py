@@ -372,7 +372,7 @@ def make_config(args: argparse.Namespace, flow: str, seed: int) -> Config:
     if args.network == "conv":
         defaults["hidden_dim"] = 256
     settings = {**defaults, **given, "flow": flow, "seed": seed}
-    # A KL divergence at full weight too early switches latent variables off, some of them for good.
+    # At full weight too early, the KL divergence keeps the decoder from learning to use the latent variables.
     settings.setdefault("warmup", max(1, settings["epochs"] * 4 // 5))
     return Config(**{field.name: settings[field.name] for field in fields(Config)})
 

@@ -82,8 +82,8 @@ class ClosedFormTransformer(Transformer):
 
     which costs one more elementwise pass per order, and no backward pass.
     The affine part lets the field expand and contract everywhere; the hidden layer bends it. A maximal rate
-    keeps unusual states and contexts from making the affine part, and so the equation, stiff; and hidden units without
-    bound ("silu", "softplus") from making the field grow faster than the state, when a flow need not exist everywhere.
+    keeps unusual states and contexts from making the affine part stiff; and hidden units without bound ("silu",
+    "softplus") from making the field grow faster than the state, when a flow need not exist everywhere.
 
     :param int input_dim: the number d of coordinates.
     :param int hidden_dim: the number d_h of hidden units that each coordinate receives.
