@@ -106,29 +106,28 @@ class _ClosedFormTape:
     def record(self, t: float, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """f and the divergence, with shapes ``(d, batch)`` and ``(batch,)``, and what pull needs."""
         p = torch.baddbmm(torch.add(self._offset, self._slope, alpha=t), self._weight, h)
-        gate = a = p[:, self._width]
+        a = p[:, self._width]
         if self._max_rate is not None:
-            gate = torch.sigmoid(a)
-            a = (gate * (2.0 * self._max_rate)).sub_(self._max_rate)
+            a = torch.sigmoid(a).mul_(2.0 * self._max_rate).sub_(self._max_rate)
         z = torch.addcmul(p[:, : self._width], self._input_weight, x.unsqueeze(1))
         s = self._s.derivatives(z, 2)
         affine = torch.addcmul(p[:, self._width + 1], a, x)
         f = torch.baddbmm(affine.unsqueeze(1), self._output_weight, s[0]).squeeze(1)
         diagonal = torch.baddbmm(a.unsqueeze(1), self._slopes, s[1]).squeeze(1)
-        return f, diagonal.sum(0), (x, h, gate, a, *s)
+        return f, diagonal.sum(0), (x, h, a, *s)
 
     def pull(
         self, t: float, saved: tuple[Tensor, ...], f_bar: Tensor, divergence_bar: Tensor, accumulate: bool
     ) -> tuple[Tensor, Tensor]:
         """The gradients of x (the direct path alone) and of the hidden units."""
-        x, h, gate, a, value, slope, curvature = saved
+        x, h, a, value, slope, curvature = saved
         f_row = f_bar.unsqueeze(1)
         p_bar = x.new_empty(len(x), self._width + 2, x.shape[1])
         z_bar = torch.mul(self._slopes.mT * divergence_bar, curvature, out=p_bar[:, : self._width])
         z_bar.addcmul_(self._output_weight.mT * f_row, slope)
         a_bar = torch.addcmul(divergence_bar, f_bar, x, out=p_bar[:, self._width])
         if self._max_rate is not None:
-            p_bar[:, self._width] = torch.ops.aten.sigmoid_backward(a_bar, gate).mul_(2.0 * self._max_rate)
+            a_bar *= (self._max_rate - a) * (self._max_rate + a) / (2.0 * self._max_rate)
         p_bar[:, self._width + 1] = f_bar
         if accumulate:
             weight_bar, slope_bar, offset_bar, input_bar, output_bar, slopes_bar = self._sums()
@@ -210,8 +209,8 @@ class HollowTape:
         :param bool accumulate: whether :meth:`gradients` gets its share.
         :returns: the gradient of the state.
         """
-        x_bar, h_bar = self._transformer.pull(t, saved[:7], f_bar, divergence_bar, accumulate)
-        return x_bar + self._conditioner.pull(t, saved[7:], h_bar, accumulate)
+        x_bar, h_bar = self._transformer.pull(t, saved[:6], f_bar, divergence_bar, accumulate)
+        return x_bar + self._conditioner.pull(t, saved[6:], h_bar, accumulate)
 
     def gradients(self) -> tuple[Tensor, ...]:
         """The gradients, from all evaluations, of those bound tensors that require them."""

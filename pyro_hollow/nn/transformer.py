@@ -166,7 +166,7 @@ class BoundClosedForm(BoundTransformer):
 
     def __init__(self, net: ClosedFormTransformer, context: Tensor | None) -> None:
         s = net._activation
-        # A tanh(a / A) = 2 A sigmoid(2 a / A) - A, which is many times cheaper; see Activation.
+        # A tanh(r / A) = 2 A sigmoid(2 r / A) - A, which is many times cheaper; see Activation.
         gate_rate = 1.0 if net.max_rate is None else 2.0 / net.max_rate
         rates = net.weight.new_tensor([s.rate] * net.width + [gate_rate, 1.0]).view(-1, 1)
         self.width = net.width
