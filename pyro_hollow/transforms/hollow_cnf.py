@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from torch.distributions import Transform
 from pyro_hollow.nn import ConditionalHollowNN, Conditioner, HollowField, HollowNN
 from pyro_hollow.ode import Solver
 
-from .continuous import ConditionalCNF, ConditionedCNF, Dynamics
+from .continuous import ConditionalCNF, ConditionedCNF, Dynamics, _check_time
 
 __all__ = [
     "ConditionalHollowCNF",
@@ -264,9 +263,8 @@ class ConditionalHollowCNF(ConditionalCNF):
 
 def _with_max_rate(time: float, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A flow bounds the rates of its affine part: scales by exp(4) are enough, and stiff equations are expensive."""
-    if kwargs.get("transformer") is not None or not 0 < time < math.inf:  # the flow refuses such a time
-        return kwargs
-    return {"max_rate": 4.0 / time, **kwargs}
+    _check_time(time)
+    return {"max_rate": 4.0 / time, **kwargs} if kwargs.get("transformer") is None else kwargs
 
 
 def hollow_cnf(
