@@ -348,13 +348,39 @@ def svi_steps(dims: Sequence[int], repeats: int) -> list[str]:
     return lines + [f"| {name} | " + " | ".join(column[name] for column in columns) + " |" for name in columns[0]]
 
 
+#: What is measured: name to a title and the rows, by the command line.
+TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], list[str]]]] = {
+    "divergence": (
+        "Time of the field with its divergence, relative to the field alone",
+        lambda args: divergence_over_field(args.dims, args.batch_size, args.repeats),
+    ),
+    "peers": (
+        "Time of the peers relative to the hollow field with divergence, forward + backward",
+        lambda args: peers_over_hollow([d for d in args.dims if d <= 256], args.batch_size, args.repeats),
+    ),
+    "tape": (
+        "One training step of a density, solved and differentiated by tape and by autograd",
+        lambda args: tape_over_autograd([(10, 32), (64, 256)], args.repeats),
+    ),
+    "svi": (
+        "Time of an SVI step with 32 particles, relative to that with AutoIAFNormal, a fresh guide",
+        lambda args: svi_steps((10, 100), 20 * args.repeats),
+    ),
+    "memory": (
+        "Peak memory of a training step of a density (rk4, 4 steps), d = 64",
+        lambda args: memory_table(64, args.batch_size, args.threads),
+    ),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
     parser = argparse.ArgumentParser(
         "python -m pyro_hollow.experiments.speed", description=(__doc__ or "").split("\n\n")[0]
     )
-    names = ("divergence", "peers", "tape", "svi", "memory")
-    parser.add_argument("--table", nargs="+", choices=names, default=list(names), help="what to measure (default: all)")
+    parser.add_argument(
+        "--table", nargs="+", choices=tuple(TABLES), default=list(TABLES), help="what to measure (default: all)"
+    )
     parser.add_argument(
         "--dims", nargs="+", type=int, default=[16, 64, 256, 1024], help="dimensions d of the first two tables"
     )
@@ -364,34 +390,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    sizes = args.batch_size, args.repeats
-    tables: dict[str, tuple[str, Callable[[], list[str]]]] = {
-        "divergence": (
-            "Time of the field with its divergence, relative to the field alone",
-            lambda: divergence_over_field(args.dims, *sizes),
-        ),
-        "peers": (
-            "Time of the peers relative to the hollow field with divergence, forward + backward",
-            lambda: peers_over_hollow([d for d in args.dims if d <= 256], *sizes),
-        ),
-        "tape": (
-            "One training step of a density, solved and differentiated by tape and by autograd",
-            lambda: tape_over_autograd([(10, 32), (64, 256)], args.repeats),
-        ),
-        "svi": (
-            "Time of an SVI step with 32 particles, relative to that with AutoIAFNormal, a fresh guide",
-            lambda: svi_steps((10, 100), 20 * args.repeats),
-        ),
-        "memory": (
-            "Peak memory of a training step of a density (rk4, 4 steps), d = 64",
-            lambda: memory_table(64, args.batch_size, args.threads),
-        ),
-    }
     print(f"torch {torch.__version__}, CPU, {args.threads} threads, float32, batch {args.batch_size}")
     for name in args.table:
-        title, rows = tables[name]
+        title, rows = TABLES[name]
         print(f"\n{title}:\n")
-        print("\n".join(rows()), flush=True)
+        print("\n".join(rows(args)), flush=True)
 
 
 if __name__ == "__main__":
