@@ -127,7 +127,8 @@ class _ClosedFormTape:
         z_bar.addcmul_(self._output_weight.mT * f_row, slope)
         a_bar = torch.addcmul(divergence_bar, f_bar, x, out=p_bar[:, self._width])
         if self._max_rate is not None:
-            a_bar *= (self._max_rate - a) * (self._max_rate + a) / (2.0 * self._max_rate)
+            half = 0.5 * self._max_rate  # the slope of the gate is half - a^2 / (4 half)
+            torch.addcmul(half * a_bar, a_bar * a, a, value=-0.25 / half, out=a_bar)
         p_bar[:, self._width + 1] = f_bar
         if accumulate:
             weight_bar, slope_bar, offset_bar, input_bar, output_bar, slopes_bar = self._sums()
