@@ -9,6 +9,7 @@ Which part for which need?
 - a guide for a model: :class:`AutoHollowCNF`, and :func:`diagnose` to check any guide;
 - a posterior flow or a density: :func:`hollow_cnf`, or :func:`conditional_hollow_cnf` where an encoder or other context
   decides; :class:`HollowCNF` and :class:`ConditionalHollowCNF` around a network of your own making;
+- a posterior or a guide of your own that trains with less noise: :class:`PathGradientDistribution`;
 - a vector field with exact divergence and dimension-wise derivatives of any order: :class:`HollowNN`;
 - a stochastic differential equation learned from samples at several times: :class:`DiagonalSDE` and
   :class:`FokkerPlanckMatching`;
@@ -16,7 +17,7 @@ Which part for which need?
 - the free-form flow to compare with: :func:`free_form_cnf`.
 """
 
-from pyro_hollow.infer import AutoHollowCNF, diagnose
+from pyro_hollow.infer import AutoHollowCNF, PathGradientDistribution, diagnose
 from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver, SolverError
 from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching
@@ -43,6 +44,7 @@ __all__ = [
     "FreeFormCNF",
     "HollowCNF",
     "HollowNN",
+    "PathGradientDistribution",
     "Solver",
     "SolverError",
     "conditional_free_form_cnf",

@@ -37,7 +37,7 @@ SETTINGS = {
     "num-samples": 3,
 }
 FIGURES = ("reconstructions.png", "samples.png")
-CONTINUOUS = ("ffjord", "hollow", "hollow-stochastic", "free-form-exact")
+CONTINUOUS = ("ffjord", "hollow", "hollow-path", "hollow-stochastic", "free-form-exact")
 
 flows = pytest.mark.parametrize("flow", FLOWS)
 

@@ -10,17 +10,18 @@ from pyro.infer import Trace_ELBO
 from torch.testing import assert_close
 
 from pyro_hollow import ConditionalFreeFormCNF, ConditionalHollowCNF, Solver
-from pyro_hollow.experiments.vae_models import FLOWS, NETWORKS, TEST_SOLVER, VAE, exact, make_flow
+from pyro_hollow.experiments.vae_models import FLOWS, NETWORKS, PATH_GRADIENT, TEST_SOLVER, VAE, exact, make_flow
 
 QUICK = Solver("dopri5", rtol=1e-3, atol=1e-3)
 STOCHASTIC = ("ffjord", "hollow-stochastic")
-CONTINUOUS = (*STOCHASTIC, "hollow", "free-form-exact")
+CONTINUOUS = (*STOCHASTIC, "hollow", "hollow-path", "free-form-exact")
 
 flows = pytest.mark.parametrize("name", FLOWS)
 
 
 def make_vae(name="none", pixels=64, latent_dim=4, hidden_dim=16, network="mlp"):
-    return VAE(pixels, latent_dim, hidden_dim, make_flow(name, latent_dim, hidden_dim, QUICK), network)
+    flow = make_flow(name, latent_dim, hidden_dim, QUICK)
+    return VAE(pixels, latent_dim, hidden_dim, flow, network, path_gradient=name in PATH_GRADIENT)
 
 
 def strengthen(flow):
@@ -124,7 +125,7 @@ def test_gradients_reach_encoder_and_flow(name):
 
 @flows
 def test_context_decides_the_flow(name):
-    if name == "none":
+    if name in ("none", "none-path"):
         return
     vae = make_vae(name)
     strengthen(vae.flow)

@@ -38,14 +38,14 @@ from pyro_hollow.experiments.arguments import not_negative, positive, positive_r
 from pyro_hollow.experiments.data import BINARIZATIONS, DATASETS, DataError, Images, load_images
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.files import write
-from pyro_hollow.experiments.vae_models import CONTINUOUS, FLOWS, NETWORKS, VAE
+from pyro_hollow.experiments.vae_models import CONTINUOUS, FLOWS, NETWORKS, PATH_GRADIENT, VAE
 from pyro_hollow.experiments.vae_training import Config, Estimate, estimate, fit, gradient_variance, make_vae
 from pyro_hollow.ode import SolverError
 
-#: Colours that the colour-blind can tell apart, and a dash for each.
+#: Colours that the colour-blind can tell apart. Those that are trained with the path gradient are dashed.
 COLOURS = dict(
     zip(
-        FLOWS,
+        [name for name in FLOWS if name not in PATH_GRADIENT],
         ("#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00", "#009E73", "#0072B2", "#F0E442"),
         strict=True,
     )
@@ -252,7 +252,8 @@ def draw_training(results: Sequence[Result], path: Path) -> None:
             if y == "nfe" and not any(row["nfe"] for row in rows):
                 continue
             known = name in ax.get_legend_handles_labels()[1]
-            ax.plot([r[x] for r in rows], [r[y] for r in rows], color=COLOURS[name], label=None if known else name)
+            line = {"color": COLOURS[name.removesuffix("-path")], "ls": "--" if name in PATH_GRADIENT else "-"}
+            ax.plot([r[x] for r in rows], [r[y] for r in rows], **line, label=None if known else name)
         ax.set_xlabel(label)
         ax.set_ylabel("evaluations per solve" if y == "nfe" else "validation -ELBO (nats per image)")
         ax.grid(alpha=0.3)

@@ -17,6 +17,7 @@ from pyro import poutine
 from pyro.distributions.conditional import ConditionalComposeTransformModule
 from torch import Tensor, nn
 
+from pyro_hollow.infer import PathGradientDistribution
 from pyro_hollow.nn import ConditionalHollowNN
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import (
@@ -28,7 +29,7 @@ from pyro_hollow.transforms import (
     conditional_sylvester,
 )
 
-__all__ = ["CONTINUOUS", "FLOWS", "NETWORKS", "TEST_SOLVER", "VAE", "exact", "make_flow"]
+__all__ = ["CONTINUOUS", "FLOWS", "NETWORKS", "PATH_GRADIENT", "TEST_SOLVER", "VAE", "exact", "make_flow"]
 
 NETWORKS = ("mlp", "conv")
 
@@ -68,8 +69,8 @@ def _free_form(divergence: str) -> Callable[..., nn.Module]:
     return make
 
 
-#: The posteriors: those of the published table, and two that separate what the hollow network brings from what the
-#: exact trace brings. "none" is a diagonal Gaussian.
+#: The posteriors: those of the published table, and some that separate what the hollow network brings from what the
+#: exact trace and what the path gradient bring. "none" is a diagonal Gaussian.
 FLOWS: dict[str, Callable[..., nn.Module | None]] = {
     "none": lambda d, context_dim, solver: None,
     "planar": _compose(16, lambda d, context_dim: T.conditional_planar(d, context_dim, [64])),
@@ -78,11 +79,15 @@ FLOWS: dict[str, Callable[..., nn.Module | None]] = {
     "householder": _compose(4, conditional_sylvester, kind="householder"),
     "ffjord": _free_form("hutchinson"),
     "hollow": _hollow,
+    "hollow-path": _hollow,
+    "none-path": lambda d, context_dim, solver: None,
     "hollow-stochastic": _hollow_stochastic,
     "free-form-exact": _free_form("exact"),
 }
 #: Those that solve differential equations.
-CONTINUOUS = ("ffjord", "hollow", "hollow-stochastic", "free-form-exact")
+CONTINUOUS = ("ffjord", "hollow", "hollow-path", "hollow-stochastic", "free-form-exact")
+#: Those that are trained with the path gradient.
+PATH_GRADIENT = ("hollow-path", "none-path")
 
 
 def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> nn.Module | None:
@@ -92,8 +97,8 @@ def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> n
     "none" is a diagonal Gaussian; "planar", 16 layers; "iaf", 4 affine autoregressive layers of 320 hidden units;
     "sylvester" and "householder", 4 layers with orthogonal columns and with Householder reflections; "ffjord", a
     free-form network that the context changes by low rank, its trace by one Gaussian probe; "hollow", a Hollow-CNF;
-    "hollow-stochastic", the same network with a stochastic trace; "free-form-exact", the network of ffjord with the
-    exact one.
+    "hollow-path" and "none-path", the same and no flow, to be trained with the path gradient; "hollow-stochastic", the
+    network of hollow with a stochastic trace; "free-form-exact", that of ffjord with the exact one.
 
     :param str name: one of ``FLOWS``.
     :param int latent_dim: Dimension of the latent variable
@@ -161,6 +166,8 @@ class VAE(nn.Module):
         also the width of the two hidden layers of encoder and decoder
     :param flow: the posterior's flow, see :func:`make_flow`; None for a diagonal Gaussian
     :param str network: "mlp", or "conv", the gated convolutions of van den Berg et al. (2018)
+    :param bool path_gradient: train with the path gradient, see
+        :class:`~pyro_hollow.infer.PathGradientDistribution`; the flow is a Hollow-CNF then, or None
     :raises ValueError: for another network, and for "conv" with images of another size than 28 x 28.
 
     References:
@@ -170,7 +177,13 @@ class VAE(nn.Module):
     """
 
     def __init__(
-        self, pixels: int, latent_dim: int, hidden_dim: int, flow: nn.Module | None = None, network: str = "mlp"
+        self,
+        pixels: int,
+        latent_dim: int,
+        hidden_dim: int,
+        flow: nn.Module | None = None,
+        network: str = "mlp",
+        path_gradient: bool = False,
     ) -> None:
         super().__init__()
         if network not in NETWORKS:
@@ -180,6 +193,7 @@ class VAE(nn.Module):
         self.encoder, self.decoder = make(pixels, latent_dim, hidden_dim)
         self.to_base = nn.Linear(hidden_dim, 2 * latent_dim)
         self.flow = flow
+        self.family = PathGradientDistribution if path_gradient else dist.TransformedDistribution
 
     def model(self, x: Tensor, kl_weight: float = 1.0) -> None:
         """
@@ -201,9 +215,8 @@ class VAE(nn.Module):
         hidden = self.encoder(x)
         loc, raw_scale = self.to_base(hidden).chunk(2, dim=-1)
         base = dist.Normal(loc, nn.functional.softplus(raw_scale) + 1e-5).to_event(1)
-        if self.flow is None:
-            return base
-        return dist.TransformedDistribution(base, [self.flow.condition(hidden)])  # type: ignore[operator]
+        flows = [] if self.flow is None else [self.flow.condition(hidden)]  # type: ignore[operator]
+        return self.family(base, flows)
 
     def logits(self, z: Tensor) -> Tensor:
         """The log-odds of ink, with shape ``(*, pixels)``, for latent variables with shape ``(*, latent_dim)``."""

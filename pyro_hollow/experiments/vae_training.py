@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from tqdm.auto import tqdm
 
 from pyro_hollow.experiments.data import Images
-from pyro_hollow.experiments.vae_models import VAE, exact, make_flow
+from pyro_hollow.experiments.vae_models import PATH_GRADIENT, VAE, exact, make_flow
+from pyro_hollow.infer import PathGradientDistribution
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.transforms import ConditionalCNF
 
@@ -75,7 +76,8 @@ def make_vae(config: Config, pixels: int) -> VAE:
     torch.manual_seed(config.seed)
     solver = Solver("dopri5", rtol=config.tolerance, atol=config.tolerance, adjoint=config.adjoint)
     flow = make_flow(config.flow, config.latent_dim, config.hidden_dim, solver)
-    return VAE(pixels, config.latent_dim, config.hidden_dim, flow, config.network)
+    path_gradient = config.flow in PATH_GRADIENT
+    return VAE(pixels, config.latent_dim, config.hidden_dim, flow, config.network, path_gradient)
 
 
 class BatchSampler(Sampler[Tensor]):
@@ -422,8 +424,12 @@ def _flow_gradient(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
     posterior = vae.posterior(x)
     base, (transform,) = posterior.base_dist, posterior.transforms
     z0 = base.mean + base.stddev * noise
-    z = transform(z0)
-    log_q = base.log_prob(z0) - transform.log_abs_det_jacobian(z0, z)
+    if isinstance(posterior, PathGradientDistribution):
+        z, _, score = transform.call_and_score(z0, (base.mean - z0) / base.variance)
+        log_q = (score * z).sum(-1)  # but for a constant
+    else:
+        z = transform(z0)
+        log_q = base.log_prob(z0) - transform.log_abs_det_jacobian(z0, z)
     log_p = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + dist.Bernoulli(logits=vae.logits(z)).log_prob(x).sum(-1)
     gradients = torch.autograd.grad((log_q - log_p).mean(), [*transform.nn.parameters()], materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])

@@ -5,5 +5,6 @@
 
 from .autoguide import AutoHollowCNF
 from .diagnostics import GuideDiagnostics, diagnose
+from .path_gradient import PathGradientDistribution
 
-__all__ = ["AutoHollowCNF", "GuideDiagnostics", "diagnose"]
+__all__ = ["AutoHollowCNF", "GuideDiagnostics", "PathGradientDistribution", "diagnose"]

@@ -20,6 +20,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, biject_to
 
+from pyro_hollow.infer.path_gradient import PathGradientDistribution
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import hollow_cnf
 
@@ -66,11 +67,12 @@ class _Affine(Transform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return self.log_scale.sum().expand(x.shape[:-1])
 
-    @torch.no_grad()
-    def score(self, score: Tensor) -> Tensor:
-        """The gradient of the log-density of y from that of x."""
-        mixed = score if self.lower is None else self._solve(self.lower.mT, score, upper=True)
-        return mixed * (-self.log_scale).exp()
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As of a flow; the gradient of the log-density of y from that of x."""
+        y = self(x)
+        with torch.no_grad():
+            mixed = score if self.lower is None else self._solve(self.lower.mT, score, upper=True)
+            return y, self.log_abs_det_jacobian(x, y), mixed * (-self.log_scale).exp()
 
     @staticmethod
     def _solve(matrix: Tensor, rows: Tensor, upper: bool) -> Tensor:
@@ -89,7 +91,7 @@ class _Posterior(dist.TransformedDistribution):
     """
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        return self._transform(self._base_sample(sample_shape))
+        return self._carry(self._base_sample(sample_shape))
 
     def _base_sample(self, sample_shape: torch.Size) -> Tensor:
         batch_shape, (dim,) = sample_shape + self.batch_shape, self.event_shape
@@ -102,38 +104,19 @@ class _Posterior(dist.TransformedDistribution):
         eps = torch.finfo(like.dtype).eps
         return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).view(*batch_shape, dim)
 
-    def _transform(self, x: Tensor) -> Tensor:
+    def _carry(self, x: Tensor) -> Tensor:
         for transform in self.transforms:
             x = transform(x)
         return x
 
 
-class _PathPosterior(_Posterior):
-    """
-    Scores its own latest sample with the path gradient: the log-density depends on parameters through the sample alone.
-    What is left out has mean zero, and where the guide is exact all of the variance.
-    """
+class _PathPosterior(_Posterior, PathGradientDistribution):
+    """The same with the path gradient."""
 
-    _latest: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def _transform(self, x: Tensor) -> Tensor:
+    def _carry(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return super()._transform(x)
-        *flows, affine = self.transforms
-        log_density, score = self.base_dist.log_prob(x), -x
-        for flow in flows:
-            x, ladj, score = flow.call_and_score(x, score)
-            log_density = log_density - ladj
-        y = affine(x)
-        log_density = (log_density - affine.log_abs_det_jacobian(x, y)).detach()
-        self._latest = y, log_density, affine.score(score)
-        return y
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._latest is None or value is not self._latest[0]:
-            return super().log_prob(value)
-        y, log_density, score = self._latest
-        return log_density + (score * (y - y.detach())).sum(-1)
+            return super()._carry(x)
+        return PathGradientDistribution._carry(self, x)
 
 
 class AutoHollowCNF(AutoContinuous):
