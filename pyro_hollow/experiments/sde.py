@@ -50,7 +50,7 @@ from pyro_hollow.ops import field_derivatives
 from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching, GaussianMixtureMarginals, fit, fokker_planck_rhs
 
 METHODS = ("matching", "known-noise", "gradient", "transitions")
-LEARNING_RATE, BATCH_SIZE, WEIGHT = 2e-2, 256, 0.01
+LEARNING_RATE, BATCH_SIZE, WEIGHT = 1e-2, 256, 0.01
 #: Beyond this dimension a step by plain autograd takes minutes and many gigabytes.
 PLAIN_LIMIT = 16
 #: How often simulated paths are observed from one time to the next where transitions are learned.
@@ -521,7 +521,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--method", nargs="+", choices=METHODS, default=["matching", "transitions"],
         help="default: matching transitions",
     )  # fmt: skip
-    parser.add_argument("--steps", type=positive, default=2000, help="steps (default: 2000)")
+    parser.add_argument("--steps", type=positive, default=4000, help="steps (default: 4000)")
     parser.add_argument("--weight", type=not_negative_real, default=WEIGHT, help=f"of the residual (default: {WEIGHT})")
     parser.add_argument(
         "--noise", type=not_negative_real, default=0.5,
