@@ -69,8 +69,8 @@ def _free_form(divergence: str) -> Callable[..., nn.Module]:
     return make
 
 
-#: The posteriors: those of the published table, and some that separate what the hollow network brings from what the
-#: exact trace and what the path gradient bring. "none" is a diagonal Gaussian.
+#: The posteriors: those of the published table, and two that separate what the hollow network brings from what the
+#: exact trace brings. "none" is a diagonal Gaussian.
 FLOWS: dict[str, Callable[..., nn.Module | None]] = {
     "none": lambda d, context_dim, solver: None,
     "planar": _compose(16, lambda d, context_dim: T.conditional_planar(d, context_dim, [64])),
@@ -79,15 +79,14 @@ FLOWS: dict[str, Callable[..., nn.Module | None]] = {
     "householder": _compose(4, conditional_sylvester, kind="householder"),
     "ffjord": _free_form("hutchinson"),
     "hollow": _hollow,
-    "hollow-path": _hollow,
-    "none-path": lambda d, context_dim, solver: None,
     "hollow-stochastic": _hollow_stochastic,
     "free-form-exact": _free_form("exact"),
 }
+#: Some of them once more, to be trained with the path gradient.
+PATH_GRADIENT = tuple(f"{name}-path" for name in ("none", "sylvester", "hollow"))
+FLOWS |= {name: FLOWS[name.removesuffix("-path")] for name in PATH_GRADIENT}
 #: Those that solve differential equations.
 CONTINUOUS = ("ffjord", "hollow", "hollow-path", "hollow-stochastic", "free-form-exact")
-#: Those that are trained with the path gradient.
-PATH_GRADIENT = ("hollow-path", "none-path")
 
 
 def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> nn.Module | None:
@@ -97,8 +96,8 @@ def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> n
     "none" is a diagonal Gaussian; "planar", 16 layers; "iaf", 4 affine autoregressive layers of 320 hidden units;
     "sylvester" and "householder", 4 layers with orthogonal columns and with Householder reflections; "ffjord", a
     free-form network that the context changes by low rank, its trace by one Gaussian probe; "hollow", a Hollow-CNF;
-    "hollow-path" and "none-path", the same and no flow, to be trained with the path gradient; "hollow-stochastic", the
-    network of hollow with a stochastic trace; "free-form-exact", that of ffjord with the exact one.
+    "hollow-stochastic", the same network with a stochastic trace; "free-form-exact", the network of ffjord with the
+    exact one; "hollow-path" and others in "-path", what is to be trained with the path gradient.
 
     :param str name: one of ``FLOWS``.
     :param int latent_dim: Dimension of the latent variable
@@ -167,7 +166,7 @@ class VAE(nn.Module):
     :param flow: the posterior's flow, see :func:`make_flow`; None for a diagonal Gaussian
     :param str network: "mlp", or "conv", the gated convolutions of van den Berg et al. (2018)
     :param bool path_gradient: train with the path gradient, see
-        :class:`~pyro_hollow.infer.PathGradientDistribution`; the flow is a Hollow-CNF then, or None
+        :class:`~pyro_hollow.infer.PathGradientDistribution`; not for flows with a stochastic trace
     :raises ValueError: for another network, and for "conv" with images of another size than 28 x 28.
 
     References:

@@ -5,15 +5,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import Transform
 
 __all__ = ["PathGradientDistribution"]
+
+
+def _call_and_score(transform: Transform, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""
+    Value, log-determinant and score by automatic differentiation: :math:`J^T s_y = s_x - \nabla \log |\det J|`.
+
+    The other pass comes first, so that what the transform remembers is of the values that are returned.
+    """
+    fixed = x.detach().requires_grad_()
+    image = transform(fixed)
+    d = x.shape[-1]
+    units = torch.eye(d).to(x).view(d, *(1,) * (x.dim() - 1), d).expand(d, *x.shape)
+    (jacobian,) = torch.autograd.grad(image, fixed, units, retain_graph=True, is_grads_batched=True)
+    ladj = _log_det(transform, fixed, image)
+    if ladj.requires_grad:
+        score = score - torch.autograd.grad(ladj.sum(), fixed, materialize_grads=True)[0]
+    score = torch.linalg.solve(jacobian.movedim(0, -1), score.unsqueeze(-1)).squeeze(-1)
+    y = transform(x)
+    return y, _log_det(transform, x, y), score.detach()
+
+
+def _log_det(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
+    """Of the vector, also if the transform acts on its elements."""
+    return sum_rightmost(transform.log_abs_det_jacobian(x, y), 1 - transform.domain.event_dim)
 
 
 class PathGradientDistribution(dist.TransformedDistribution):
@@ -24,8 +48,11 @@ class PathGradientDistribution(dist.TransformedDistribution):
         :math:`\nabla_\phi \log q_\phi(x_\phi) \to \left. \nabla_x \log q(x) \right|_{x_\phi} \nabla_\phi x_\phi.`
 
     What is left out, the gradient of :math:`\log q_\phi` at a fixed point, is noise of mean zero. So the gradient of
-    the ELBO keeps its mean, and loses all of its variance where the guide is exact: as many steps get further. The
-    score comes out of the flow's own solve, see :meth:`~pyro_hollow.transforms.HollowCNF.call_and_score`.
+    the ELBO keeps its mean, and loses all of its variance where the guide is exact: as many steps get further.
+
+    The score of a Hollow-CNF comes out of its own solve (:meth:`~pyro_hollow.transforms.HollowCNF.call_and_score`).
+    Any other transform, such as one of Pyro's, is differentiated: a backward pass for each of the d dimensions, and a
+    linear system of that size.
 
     Example usage, for the posterior of a VAE:
 
@@ -41,10 +68,10 @@ class PathGradientDistribution(dist.TransformedDistribution):
     :class:`~pyro.infer.RenyiELBO` would be biased.
 
     :param base_distribution: a distribution with ``rsample`` and a differentiable ``log_prob``.
-    :param transforms: flows with the method ``call_and_score``, such as :class:`~pyro_hollow.transforms.HollowCNF` and
-        what :class:`~pyro_hollow.transforms.ConditionalHollowCNF` makes of a context; or none, for the base alone.
+    :param transforms: flows whose log-determinant is exact, and whose samples do not depend on each other; or none, for
+        the base alone.
     :param bool validate_args: as for any distribution.
-    :raises TypeError: for another transform.
+    :raises ValueError: for samples that are not vectors, on the first of them.
 
     References:
 
@@ -56,26 +83,6 @@ class PathGradientDistribution(dist.TransformedDistribution):
     """
 
     _latest: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def __init__(
-        self,
-        base_distribution: dist.TorchDistribution,
-        transforms: Transform | Sequence[Transform],
-        validate_args: bool | None = None,
-    ) -> None:
-        transforms = [transforms] if isinstance(transforms, Transform) else list(transforms)
-        for transform in transforms:
-            if not hasattr(transform, "call_and_score"):
-                raise TypeError(
-                    "transforms must have the method call_and_score, as Hollow-CNFs have, but "
-                    f"{type(transform).__name__} has not: take a TransformedDistribution for it"
-                )
-        super().__init__(base_distribution, transforms, validate_args=validate_args)
-
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> PathGradientDistribution:
-        """As for any distribution; the latest sample is not taken along."""
-        new = self._get_checked_instance(PathGradientDistribution, _instance)
-        return super().expand(batch_shape, _instance=new)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """
@@ -89,11 +96,14 @@ class PathGradientDistribution(dist.TransformedDistribution):
 
     def _carry(self, x: Tensor) -> Tensor:
         """The image of samples of the base, whose log-density and score are kept."""
+        if len(self.event_shape) != 1:
+            raise ValueError(f"samples must be vectors, but the event shape is {tuple(self.event_shape)}")
         fixed = x.detach().requires_grad_()
         log_density = self.base_dist.log_prob(fixed)
         (score,) = torch.autograd.grad(log_density.sum(), fixed)
         for transform in self.transforms:
-            x, ladj, score = transform.call_and_score(x, score)
+            carry = getattr(transform, "call_and_score", None) or partial(_call_and_score, transform)
+            x, ladj, score = carry(x, score)
             log_density = log_density - ladj
         self._latest = x, log_density.detach(), score
         return x
