@@ -9,7 +9,7 @@ Which part for which need?
 - a guide for a model: :class:`AutoHollowCNF`, and :func:`diagnose` to check any guide;
 - a posterior flow or a density: :func:`hollow_cnf`, or :func:`conditional_hollow_cnf` where an encoder or other context
   decides; :class:`HollowCNF` and :class:`ConditionalHollowCNF` around a network of your own making;
-- a posterior or a guide of your own that trains with less noise: :class:`PathGradientDistribution`;
+- gradients with less noise near the optimum, in a guide of your own: :class:`PathGradientDistribution`;
 - a vector field with exact divergence and dimension-wise derivatives of any order: :class:`HollowNN`;
 - a stochastic differential equation learned from samples at several times: :class:`DiagonalSDE` and
   :class:`FokkerPlanckMatching`;

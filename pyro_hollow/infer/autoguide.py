@@ -91,7 +91,7 @@ class _Posterior(dist.TransformedDistribution):
     """
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        return self._carry(self._base_sample(sample_shape))
+        return self._map(self._base_sample(sample_shape))
 
     def _base_sample(self, sample_shape: torch.Size) -> Tensor:
         batch_shape, (dim,) = sample_shape + self.batch_shape, self.event_shape
@@ -104,7 +104,7 @@ class _Posterior(dist.TransformedDistribution):
         eps = torch.finfo(like.dtype).eps
         return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).view(*batch_shape, dim)
 
-    def _carry(self, x: Tensor) -> Tensor:
+    def _map(self, x: Tensor) -> Tensor:
         for transform in self.transforms:
             x = transform(x)
         return x
@@ -113,10 +113,10 @@ class _Posterior(dist.TransformedDistribution):
 class _PathPosterior(_Posterior, PathGradientDistribution):
     """The same with the path gradient."""
 
-    def _carry(self, x: Tensor) -> Tensor:
+    def _map(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return super()._carry(x)
-        return PathGradientDistribution._carry(self, x)
+            return super()._map(x)
+        return PathGradientDistribution._map(self, x)
 
 
 class AutoHollowCNF(AutoContinuous):

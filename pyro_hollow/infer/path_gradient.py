@@ -5,39 +5,49 @@
 
 from __future__ import annotations
 
-from functools import partial
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import ComposeTransform, Transform
 
 __all__ = ["PathGradientDistribution"]
 
 
-def _call_and_score(transform: Transform, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""
-    Value, log-determinant and score by automatic differentiation: :math:`J^T s_y = s_x - \nabla \log |\det J|`.
+def _flatten(transforms: Iterable[Transform]) -> Iterator[Transform]:
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            yield from _flatten(transform.parts)
+        else:
+            yield transform
 
-    The other pass comes first, so that what the transform remembers is of the values that are returned.
-    """
-    fixed = x.detach().requires_grad_()
-    image = transform(fixed)
+
+def _call_and_score(transform: Transform, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Value, log-determinant and score, :math:`J^T s_y = s_x - \nabla \log |\det J|`, by automatic differentiation."""
+    if hasattr(transform, "call_and_score"):
+        return transform.call_and_score(x, score)
+    # Another name for x, so that gradients can be taken of this transform alone.
+    x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    y = transform(x)
+    if y.shape != x.shape:
+        raise ValueError(
+            f"transforms must keep the shape of a vector, but {type(transform).__name__} makes {tuple(y.shape)} of "
+            f"{tuple(x.shape)}"
+        )
+    event_dim = transform.domain.event_dim
+    ladj = sum_rightmost(transform.log_abs_det_jacobian(x, y), 1 - event_dim)
+    if ladj.requires_grad:
+        score = score - torch.autograd.grad(ladj.sum(), x, retain_graph=True, materialize_grads=True)[0]
+    if event_dim == 0:
+        return y, ladj, score / torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
     d = x.shape[-1]
     units = torch.eye(d).to(x).view(d, *(1,) * (x.dim() - 1), d).expand(d, *x.shape)
-    (jacobian,) = torch.autograd.grad(image, fixed, units, retain_graph=True, is_grads_batched=True)
-    ladj = _log_det(transform, fixed, image)
-    if ladj.requires_grad:
-        score = score - torch.autograd.grad(ladj.sum(), fixed, materialize_grads=True)[0]
-    score = torch.linalg.solve(jacobian.movedim(0, -1), score.unsqueeze(-1)).squeeze(-1)
-    y = transform(x)
-    return y, _log_det(transform, x, y), score.detach()
-
-
-def _log_det(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
-    """Of the vector, also if the transform acts on its elements."""
-    return sum_rightmost(transform.log_abs_det_jacobian(x, y), 1 - transform.domain.event_dim)
+    (jacobian,) = torch.autograd.grad(y, x, units, retain_graph=True, is_grads_batched=True)
+    return y, ladj, torch.linalg.solve(jacobian.movedim(0, -1), score.unsqueeze(-1)).squeeze(-1)
 
 
 class PathGradientDistribution(dist.TransformedDistribution):
@@ -47,12 +57,13 @@ class PathGradientDistribution(dist.TransformedDistribution):
 
         :math:`\nabla_\phi \log q_\phi(x_\phi) \to \left. \nabla_x \log q(x) \right|_{x_\phi} \nabla_\phi x_\phi.`
 
-    What is left out, the gradient of :math:`\log q_\phi` at a fixed point, is noise of mean zero. So the gradient of
-    the ELBO keeps its mean, and loses all of its variance where the guide is exact: as many steps get further.
+    What is left out, the gradient of :math:`\log q_\phi` at a fixed point, has mean zero. So the gradient of the ELBO
+    keeps its mean, and where the guide is exact it has no variance at all. Far from there it can have more than
+    without: a learning rate that decays helps.
 
-    The score of a Hollow-CNF comes out of its own solve (:meth:`~pyro_hollow.transforms.HollowCNF.call_and_score`).
-    Any other transform, such as one of Pyro's, is differentiated: a backward pass for each of the d dimensions, and a
-    linear system of that size.
+    The score :math:`\nabla_x \log q` of a Hollow-CNF comes out of its own solve
+    (:meth:`~pyro_hollow.transforms.HollowCNF.call_and_score`). Any other transform of vectors, such as one of Pyro's,
+    is differentiated: a backward pass for each of the d dimensions, and a linear system of that size.
 
     Example usage, for the posterior of a VAE:
 
@@ -63,15 +74,21 @@ class PathGradientDistribution(dist.TransformedDistribution):
     >>> posterior.log_prob(z).shape
     torch.Size([5])
 
-    The log-density of any other value, and without gradients, is that of a TransformedDistribution. The path gradient
-    is for objectives that are linear in the log-density, as :class:`~pyro.infer.Trace_ELBO` is;
-    :class:`~pyro.infer.RenyiELBO` would be biased.
+    Score a sample before parameters change. The log-density of any other value, and without gradients, is that of a
+    TransformedDistribution.
 
-    :param base_distribution: a distribution with ``rsample`` and a differentiable ``log_prob``.
-    :param transforms: flows whose log-determinant is exact, and whose samples do not depend on each other; or none, for
-        the base alone.
+    When not to use it: where the density jumps, as that of a uniform base or behind a leaky ReLU, for then what is left
+    out has another mean than zero; with objectives that are not linear in the log-density, such as
+    :class:`~pyro.infer.RenyiELBO`; and for a site of the guide whose parameters depend on another site, as the density
+    forgets that, too: it has the right mean, but not less variance. Flows with ``regularize=True`` integrate no penalty
+    on this way.
+
+    :param base_distribution: a distribution over vectors with ``rsample``, whose ``log_prob`` takes any value and has a
+        gradient.
+    :param transforms: a list of transforms of vectors that keep their size, by which the samples of a batch do not
+        depend on each other; or none, for the base alone.
     :param bool validate_args: as for any distribution.
-    :raises ValueError: for samples that are not vectors, on the first of them.
+    :raises ValueError: by ``rsample`` for samples that are not vectors, and for a base without a score.
 
     References:
 
@@ -82,7 +99,11 @@ class PathGradientDistribution(dist.TransformedDistribution):
     Path-Gradient Estimators for Continuous Normalizing Flows. [arXiv:2206.09016]
     """
 
-    _latest: tuple[Tensor, Tensor, Tensor] | None = None
+    # The latest sample and its version, its log-density and its score.
+    _latest: tuple[weakref.ref[Tensor], int, Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_latest": None}
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """
@@ -92,20 +113,21 @@ class PathGradientDistribution(dist.TransformedDistribution):
         """
         if not torch.is_grad_enabled():
             return super().rsample(sample_shape)
-        return self._carry(self.base_dist.rsample(sample_shape))
+        return self._map(self.base_dist.rsample(sample_shape))
 
-    def _carry(self, x: Tensor) -> Tensor:
+    def _map(self, x: Tensor) -> Tensor:
         """The image of samples of the base, whose log-density and score are kept."""
         if len(self.event_shape) != 1:
             raise ValueError(f"samples must be vectors, but the event shape is {tuple(self.event_shape)}")
         fixed = x.detach().requires_grad_()
         log_density = self.base_dist.log_prob(fixed)
+        if not log_density.requires_grad:
+            raise ValueError(f"base_distribution must have a score, but that of {self.base_dist} has none")
         (score,) = torch.autograd.grad(log_density.sum(), fixed)
-        for transform in self.transforms:
-            carry = getattr(transform, "call_and_score", None) or partial(_call_and_score, transform)
-            x, ladj, score = carry(x, score)
+        for transform in _flatten(self.transforms):
+            x, ladj, score = _call_and_score(transform, x, score)
             log_density = log_density - ladj
-        self._latest = x, log_density.detach(), score
+        self._latest = weakref.ref(x), x._version, log_density.detach(), score.detach()
         return x
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -114,7 +136,9 @@ class PathGradientDistribution(dist.TransformedDistribution):
 
         :param Tensor value: with the shape of a sample.
         """
-        if self._latest is None or value is not self._latest[0]:
+        if self._latest is None:
             return super().log_prob(value)
-        x, log_density, score = self._latest
-        return log_density + (score * (x - x.detach())).sum(-1)
+        sample, version, log_density, score = self._latest
+        if value is not sample() or value._version != version:
+            return super().log_prob(value)
+        return log_density + (score * (value - value.detach())).sum(-1)
