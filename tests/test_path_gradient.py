@@ -279,7 +279,9 @@ def test_transforms_that_change_the_shape_are_refused(transform):
         q.rsample()
 
 
-def test_a_base_without_a_score_is_refused():
-    q = PathGradientDistribution(dist.Uniform(torch.zeros(DIM), 1.0).to_event(1), [])
-    with pytest.raises(ValueError, match=r"base_distribution must have a score.*Uniform"):
+@pytest.mark.parametrize("fixed", (True, False))
+def test_a_base_without_a_score_is_refused(fixed):
+    high = torch.ones(DIM, requires_grad=not fixed)
+    q = PathGradientDistribution(dist.Uniform(torch.zeros(DIM), high).to_event(1), [])
+    with pytest.raises(ValueError, match=r"base_distribution must have a score.*has none"):
         q.rsample()

@@ -88,7 +88,8 @@ class PathGradientDistribution(dist.TransformedDistribution):
     :param transforms: a list of transforms of vectors that keep their size, by which the samples of a batch do not
         depend on each other; or none, for the base alone.
     :param bool validate_args: as for any distribution.
-    :raises ValueError: by ``rsample`` for samples that are not vectors, and for a base without a score.
+    :raises ValueError: by ``rsample`` for samples that are not vectors, a base without a score, and a transform that
+        changes the shape.
 
     References:
 
@@ -121,9 +122,11 @@ class PathGradientDistribution(dist.TransformedDistribution):
             raise ValueError(f"samples must be vectors, but the event shape is {tuple(self.event_shape)}")
         fixed = x.detach().requires_grad_()
         log_density = self.base_dist.log_prob(fixed)
-        if not log_density.requires_grad:
-            raise ValueError(f"base_distribution must have a score, but that of {self.base_dist} has none")
-        (score,) = torch.autograd.grad(log_density.sum(), fixed)
+        score = None
+        if log_density.requires_grad:
+            (score,) = torch.autograd.grad(log_density.sum(), fixed, allow_unused=True)
+        if score is None:
+            raise ValueError(f"base_distribution must have a score, but the log-density of {self.base_dist} has none")
         for transform in _flatten(self.transforms):
             x, ladj, score = _call_and_score(transform, x, score)
             log_density = log_density - ladj
