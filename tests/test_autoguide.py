@@ -504,7 +504,7 @@ def loss_gradients(model, guide, loss, seed=3):
 @pytest.fixture
 def independent_samples(monkeypatch):
     """The samples of get_posterior(), not evenly spread ones."""
-    monkeypatch.setattr(autoguide._Posterior, "_base_sample", lambda self, shape: self.base_dist.rsample(shape))
+    monkeypatch.setattr(autoguide, "_spread_sample", lambda posterior, shape: posterior.base_dist.rsample(shape))
 
 
 @pytest.mark.parametrize("size", [2, 7, 64])

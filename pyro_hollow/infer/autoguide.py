@@ -84,39 +84,37 @@ def _sobol_points(size: int, dim: int, dtype: torch.dtype, device: torch.device)
     return torch.quasirandom.SobolEngine(dim).draw(size, dtype=dtype).to(device)
 
 
+def _spread_sample(posterior: dist.TransformedDistribution, sample_shape: torch.Size) -> Tensor:
+    """
+    Samples of the standard Normal base that are, for training, evenly spread: the normal images of Sobol points under
+    one random shift. Each is distributed as it should be, and their mean varies less than that of independent samples.
+    """
+    batch_shape, (dim,) = sample_shape + posterior.batch_shape, posterior.event_shape
+    size, like = batch_shape.numel(), posterior.base_dist.mean
+    few = 2 <= size <= _MAX_SPREAD and dim <= torch.quasirandom.SobolEngine.MAXDIM
+    if not (few and torch.is_grad_enabled()):
+        return posterior.base_dist.rsample(sample_shape)
+    shift = torch.rand(dim, dtype=like.dtype, device=like.device)
+    uniform = (_sobol_points(size, dim, like.dtype, like.device) + shift).frac()
+    eps = torch.finfo(like.dtype).eps
+    return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).view(*batch_shape, dim)
+
+
 class _Posterior(dist.TransformedDistribution):
-    """
-    Flows and an affine map, whose samples for training are evenly spread: the normal images of Sobol points under one
-    random shift. Each is distributed as it should be, and their mean varies less than that of independent samples.
-    """
+    """Flows and an affine map, with evenly spread samples."""
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        return self._map(self._base_sample(sample_shape))
-
-    def _base_sample(self, sample_shape: torch.Size) -> Tensor:
-        batch_shape, (dim,) = sample_shape + self.batch_shape, self.event_shape
-        size, like = batch_shape.numel(), self.base_dist.mean
-        few = 2 <= size <= _MAX_SPREAD and dim <= torch.quasirandom.SobolEngine.MAXDIM
-        if not (few and torch.is_grad_enabled()):
-            return self.base_dist.rsample(sample_shape)
-        shift = torch.rand(dim, dtype=like.dtype, device=like.device)
-        uniform = (_sobol_points(size, dim, like.dtype, like.device) + shift).frac()
-        eps = torch.finfo(like.dtype).eps
-        return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).view(*batch_shape, dim)
-
-    def _map(self, x: Tensor) -> Tensor:
+        x = _spread_sample(self, sample_shape)
         for transform in self.transforms:
             x = transform(x)
         return x
 
 
-class _PathPosterior(_Posterior, PathGradientDistribution):
+class _PathPosterior(PathGradientDistribution):
     """The same with the path gradient."""
 
-    def _map(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super()._map(x)
-        return PathGradientDistribution._map(self, x)
+    def _base_sample(self, sample_shape: torch.Size) -> Tensor:
+        return _spread_sample(self, sample_shape)
 
 
 class AutoHollowCNF(AutoContinuous):

@@ -27,7 +27,10 @@ def _flatten(transforms: Iterable[Transform]) -> Iterator[Transform]:
 
 
 def _call_and_score(transform: Transform, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Value, log-determinant and score, :math:`J^T s_y = s_x - \nabla \log |\det J|`, by automatic differentiation."""
+    r"""
+    Value, log-determinant and score, :math:`J^T s_y = s_x - \nabla \log |\det J|`: from the transform itself if it has
+    them, or else by automatic differentiation.
+    """
     if hasattr(transform, "call_and_score"):
         return transform.call_and_score(x, score)
     # Another name for x, so that gradients can be taken of this transform alone.
@@ -114,7 +117,10 @@ class PathGradientDistribution(dist.TransformedDistribution):
         """
         if not torch.is_grad_enabled():
             return super().rsample(sample_shape)
-        return self._map(self.base_dist.rsample(sample_shape))
+        return self._map(self._base_sample(sample_shape))
+
+    def _base_sample(self, sample_shape: torch.Size) -> Tensor:
+        return self.base_dist.rsample(sample_shape)
 
     def _map(self, x: Tensor) -> Tensor:
         """The image of samples of the base, whose log-density and score are kept."""
