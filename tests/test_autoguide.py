@@ -563,11 +563,35 @@ def test_path_gradient_vanishes_where_the_guide_is_exact(affine):
 
     values = {"z": torch.tensor([1.0, -2.0])}
     settings = {"affine": affine, "init_loc_fn": init_to_value(values=values), "init_scale": 0.5}
-    for path_gradient in (True, False):
+    for path in ({}, {"path_gradient": True}, {"path_gradient": True, "overdispersion": 3.0}):
         pyro.clear_param_store()
-        guide = ready(small(model, path_gradient=path_gradient, **settings))
+        guide = ready(small(model, **path, **settings))
         largest = loss_gradients(model, guide, Trace_ELBO()).abs().max()
-        assert (largest < 1e-6) == path_gradient
+        assert (largest < 1e-6) == bool(path)
+
+
+def test_overdispersion(dtype):
+    """Only in training, and only for the flow, are samples stretched, each by a factor of its own."""
+    guide = ready(small(vector, solver=COARSE, init_scale=0.5, path_gradient=True, overdispersion=3.0, warm_up=1))
+
+    def mean_square():
+        with pyro.plate("particles", 4000, dim=-1):
+            z = guide()["z"].detach()
+        return float((z - guide.affine[:, 0] * autoguide._AFFINE_RATE).square().mean() / 0.25)
+
+    with torch.no_grad():
+        assert mean_square() == pytest.approx(1.0, abs=0.1)
+    assert mean_square() == pytest.approx(1.0, abs=0.1)  # the affine map warms up
+    assert mean_square() == pytest.approx(13 / 3, abs=0.5)  # the mean of u^2 for u from 1 to 3
+
+
+def test_overdispersed_samples_are_scored_by_the_guide(dtype):
+    guide = strong(small(vector, solver=FINE, path_gradient=True, overdispersion=3.0))
+    with pyro.plate("particles", 4, dim=-1):
+        trace = poutine.trace(guide).get_trace()
+    trace.compute_log_prob()
+    site = trace.nodes[LATENT]
+    assert_close(site["log_prob"], guide.get_posterior().log_prob(site["value"].detach()), rtol=1e-4, atol=1e-4)
 
 
 # The penalty
@@ -1384,6 +1408,13 @@ INVALID = {
     "nan penalty": ({"penalty": math.nan}, "penalty"),
     "penalty without cache": ({"penalty": 0.1, "cache_size": 0}, "cache_size"),
     "transformer": ({"transformer": torch.nn.Linear(34, 1)}, "transformer"),
+    "low overdispersion": ({"overdispersion": 0.5, "path_gradient": True}, "overdispersion must.*0.5"),
+    "infinite overdispersion": ({"overdispersion": math.inf, "path_gradient": True}, "overdispersion must"),
+    "overdispersion alone": ({"overdispersion": 2.0}, "overdispersion needs path_gradient"),
+    "overdispersion and penalty": (
+        {"overdispersion": 2.0, "path_gradient": True, "penalty": 0.1},
+        "overdispersion needs.*no penalty",
+    ),
 }
 
 
