@@ -571,7 +571,7 @@ def test_path_gradient_vanishes_where_the_guide_is_exact(affine):
 
 
 def test_overdispersion(dtype):
-    """Only in training, and only for the flow, are samples stretched, each by a factor of its own."""
+    """Samples are stretched in training alone, after the warm-up."""
     guide = ready(small(vector, solver=COARSE, init_scale=0.5, path_gradient=True, overdispersion=3.0, warm_up=1))
 
     def mean_square():
@@ -579,19 +579,71 @@ def test_overdispersion(dtype):
             z = guide()["z"].detach()
         return float((z - guide.affine[:, 0] * autoguide._AFFINE_RATE).square().mean() / 0.25)
 
+    stretched = pytest.approx(13 / 3, abs=0.5)  # the mean of u^2 for u from 1 to 3
+    plain = pytest.approx(1.0, abs=0.1)
     with torch.no_grad():
-        assert mean_square() == pytest.approx(1.0, abs=0.1)
-    assert mean_square() == pytest.approx(1.0, abs=0.1)  # the affine map warms up
-    assert mean_square() == pytest.approx(13 / 3, abs=0.5)  # the mean of u^2 for u from 1 to 3
+        assert mean_square() == plain
+    assert mean_square() == plain  # warms up
+    assert mean_square() == stretched
+    assert Predictive(vector, guide=guide, num_samples=4000, parallel=True)()["z"].var() < 0.5
+    guide.eval()
+    assert mean_square() == plain
+    for clone in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        guide = clone.train()
+        assert mean_square() == stretched
 
 
-def test_overdispersed_samples_are_scored_by_the_guide(dtype):
-    guide = strong(small(vector, solver=FINE, path_gradient=True, overdispersion=3.0))
-    with pyro.plate("particles", 4, dim=-1):
-        trace = poutine.trace(guide).get_trace()
-    trace.compute_log_prob()
-    site = trace.nodes[LATENT]
-    assert_close(site["log_prob"], guide.get_posterior().log_prob(site["value"].detach()), rtol=1e-4, atol=1e-4)
+def test_every_sample_is_stretched_by_a_factor_of_its_own(dtype, independent_samples):
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+
+    def draw(stretch):
+        posterior = autoguide._PathPosterior(base, [])
+        posterior.stretch = stretch
+        pyro.set_rng_seed(2)
+        return posterior.expand([4, 1]).expand([4, 5]).rsample((2,))
+
+    factors = draw(3.0) / draw(1.0)
+    assert_close(factors, factors[..., :1].expand_as(factors))
+    assert ((factors >= 0.9999) & (factors <= 3.0001)).all()
+    assert len(factors[..., 0].unique()) == 40
+
+
+@pytest.mark.parametrize("num_transforms", [1, 2])
+def test_stretched_samples_are_scored_by_the_guide(num_transforms, dtype, independent_samples):
+    make = partial(small, vector, num_transforms=num_transforms, solver=FINE, path_gradient=True)
+    guide = strong(make(overdispersion=3.0))
+    values = []
+    for candidate in (guide, load(make(), guide.state_dict())):
+        pyro.set_rng_seed(5)
+        with pyro.plate("particles", 4, dim=-1):
+            trace = poutine.trace(candidate).get_trace()
+        trace.compute_log_prob()
+        site = trace.nodes[LATENT]
+        values.append(site["value"].detach())
+        expected = guide.get_posterior().log_prob(values[-1])
+        assert_close(site["log_prob"], expected, rtol=1e-4, atol=1e-4)
+    assert ((values[0] - values[1]).abs() > 1e-3).any(-1).all()
+
+
+def test_overdispersion_finds_the_tails():
+    """A posterior with exponential tails, on which Gaussian ones end too early."""
+
+    def model():
+        pyro.sample("z", dist.Laplace(torch.zeros(2), 1.0).to_event(1))
+
+    def spread(**settings):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoHollowCNF(model, path_gradient=True, hidden_dims=[8, 8], warm_up=50, **settings)
+        optimizer = ClippedAdam({"lr": 0.02, "lrd": 0.05 ** (1 / 400)})
+        svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=32, vectorize_particles=True))
+        for _ in range(400):
+            svi.step()
+        with torch.no_grad():
+            return float(guide.get_posterior().sample((20000,)).abs().quantile(0.999))
+
+    exact = -math.log(0.001)
+    assert abs(spread(overdispersion=2.0) - exact) < abs(spread() - exact)
 
 
 # The penalty

@@ -111,20 +111,22 @@ class _Posterior(dist.TransformedDistribution):
 
 
 class _PathPosterior(PathGradientDistribution):
-    """The same with the path gradient; its samples are stretched by factors from 1 to overdispersion."""
+    """
+    The same with the path gradient. With gradients its samples are stretched by factors from 1 to :attr:`stretch`, each
+    by its own; they are scored by the density of those that are not.
+    """
 
-    overdispersion = 1.0
+    # Set afterwards, as torch refuses to expand a distribution that has an __init__ of its own.
+    stretch = 1.0
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> _PathPosterior:
         expanded = super().expand(batch_shape, _instance)
-        expanded.overdispersion = self.overdispersion
+        expanded.stretch = self.stretch
         return expanded
 
     def _base_sample(self, sample_shape: torch.Size) -> Tensor:
         x = _spread_sample(self, sample_shape)
-        if self.overdispersion == 1.0:
-            return x
-        return x * torch.empty_like(x[..., :1]).uniform_(1.0, self.overdispersion)
+        return x if self.stretch == 1.0 else x * torch.empty_like(x[..., :1]).uniform_(1.0, self.stretch)
 
 
 class AutoHollowCNF(AutoContinuous):
@@ -193,11 +195,15 @@ class AutoHollowCNF(AutoContinuous):
         guide becomes exact, so it ends closer to the posterior; but only with a learning rate that decays: it is less
         stable than the default. It is biased for objectives that are not linear in the log-density, such as
         :class:`~pyro.infer.RenyiELBO`, and off with a penalty.
-    :param float overdispersion: with the path gradient, base samples are stretched in training, each by a factor drawn
-        evenly from 1 to this one. A flow is then trained in its tails, too, which it would hardly ever sample, so that
-        importance weights are lighter. As a path gradient is zero, sample by sample, where the guide is exact, it may
-        be taken of any samples; but what ``svi.step`` returns is no longer the negative ELBO, and parameters of the
-        model, if it has any, get a biased gradient. 1 for none; 2 is for up to a dozen latents, fewer for more.
+    :param float overdispersion: with the path gradient, and after the warm-up, base samples are stretched in training,
+        each by a factor drawn evenly from 1 to this one. The flow is then trained in its tails, too, which it would
+        hardly ever sample, and importance weights become lighter as a rule. For every sample the path gradient is zero
+        where the guide is exact, so an exact guide stays one; where it cannot be exact it ends wider than at the best
+        ELBO, so compare :func:`diagnose` with and without. 2 has been tried up to a dozen latents; as the mass of
+        stretched samples moves out with their number, take less for more, or none for extreme funnels. With another
+        value than 1 use :class:`~pyro.infer.Trace_ELBO` or its like, with this as the whole guide: parameters of the
+        model and of other guides get a biased gradient, what ``svi.step`` returns is not the negative ELBO, and
+        samples for other purposes are to be drawn without gradients or after ``guide.eval()``.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
         "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
@@ -338,7 +344,7 @@ class AutoHollowCNF(AutoContinuous):
         transforms = [*flows, self._affine_map()]
         if self._path_gradient:
             posterior = _PathPosterior(self.get_base_dist(), transforms)
-            posterior.overdispersion = self._overdispersion if flows else 1.0
+            posterior.stretch = self._overdispersion if flows and self.training else 1.0
         else:
             posterior = _Posterior(self.get_base_dist(), transforms)
         latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
