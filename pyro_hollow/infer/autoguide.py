@@ -195,15 +195,14 @@ class AutoHollowCNF(AutoContinuous):
         guide becomes exact, so it ends closer to the posterior; but only with a learning rate that decays: it is less
         stable than the default. It is biased for objectives that are not linear in the log-density, such as
         :class:`~pyro.infer.RenyiELBO`, and off with a penalty.
-    :param float overdispersion: with the path gradient, and after the warm-up, base samples are stretched in training,
-        each by a factor drawn evenly from 1 to this one. The flow is then trained in its tails, too, which it would
-        hardly ever sample, and importance weights become lighter as a rule. For every sample the path gradient is zero
-        where the guide is exact, so an exact guide stays one; where it cannot be exact it ends wider than at the best
-        ELBO, so compare :func:`diagnose` with and without. 2 has been tried up to a dozen latents; as the mass of
-        stretched samples moves out with their number, take less for more, or none for extreme funnels. With another
-        value than 1 use :class:`~pyro.infer.Trace_ELBO` or its like, with this as the whole guide: parameters of the
-        model and of other guides get a biased gradient, what ``svi.step`` returns is not the negative ELBO, and
-        samples for other purposes are to be drawn without gradients or after ``guide.eval()``.
+    :param float overdispersion: with the path gradient, in training after the warm-up, base samples are stretched, each
+        by a factor drawn evenly from 1 to this one, so that the flow learns its tails, too, which it would hardly ever
+        sample. An exact guide stays one, as the path gradient of every sample is zero there; any other ends wider than
+        at the best ELBO, as a rule with lighter importance weights: compare :func:`diagnose` with and without. Try 2
+        for up to a dozen latents, less for more (1.4 for 50), none for extreme funnels. For
+        :class:`~pyro.infer.Trace_ELBO` and its like, with this as the whole guide: parameters of the model and of other
+        guides would get a biased gradient, what ``svi.step`` returns is not the negative ELBO, and samples for other
+        purposes are to be drawn without gradients or after ``guide.eval()``.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
         "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
