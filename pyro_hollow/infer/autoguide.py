@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, biject_to
 
-from pyro_hollow.infer.path_gradient import PathGradientDistribution
+from pyro_hollow.infer.guide_posterior import Affine, PathPosterior, Posterior, Stretching, Tails
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import hollow_cnf
 
@@ -31,102 +29,8 @@ _AFFINE_RATE = 3.0
 # Up to here every coordinate gets a conditioner of its own; beyond, its d^2 weights become too many.
 _MAX_GROUPED = 256
 _QUANTILE_SAMPLES = 4096
-# Up to here the particles of a step are spread evenly; more have little to gain.
-_MAX_SPREAD = 4096
-
-
-class _Affine(Transform):
-    r"""
-    :math:`y = \mu + \mathrm{diag}(\sigma) (I + U) x` with a strictly lower triangular U, or without.
-
-    Remembers its latest pair, so that scoring a sample inverts nothing; but not a pair that has lost its gradients.
-    """
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-    sign = +1
-
-    def __init__(self, loc: Tensor, log_scale: Tensor, lower: Tensor | None) -> None:
-        super().__init__(cache_size=1)
-        self.loc, self.log_scale, self.lower = loc, log_scale, lower
-
-    def _call(self, x: Tensor) -> Tensor:
-        mixed = x if self.lower is None else x + x @ self.lower.mT
-        return torch.addcmul(self.loc, mixed, self.log_scale.exp())
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        mixed = (y - self.loc) * (-self.log_scale).exp()
-        return mixed if self.lower is None else self._solve(self.lower, mixed, upper=False)
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not y.requires_grad:
-            return self._inverse(y)
-        return super()._inv_call(y)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.log_scale.sum().expand(x.shape[:-1])
-
-    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As of a flow; the gradient of the log-density of y from that of x."""
-        y = self(x)
-        with torch.no_grad():
-            mixed = score if self.lower is None else self._solve(self.lower.mT, score, upper=True)
-            return y, self.log_abs_det_jacobian(x, y), mixed * (-self.log_scale).exp()
-
-    @staticmethod
-    def _solve(matrix: Tensor, rows: Tensor, upper: bool) -> Tensor:
-        return torch.linalg.solve_triangular(matrix, rows.unsqueeze(-1), upper=upper, unitriangular=True).squeeze(-1)
-
-
-@lru_cache(maxsize=8)
-def _sobol_points(size: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.quasirandom.SobolEngine(dim).draw(size, dtype=dtype).to(device)
-
-
-def _spread_sample(posterior: dist.TransformedDistribution, sample_shape: torch.Size) -> Tensor:
-    """
-    Samples of the standard Normal base that are, for training, evenly spread: the normal images of Sobol points under
-    one random shift. Each is distributed as it should be, and their mean varies less than that of independent samples.
-    """
-    batch_shape, (dim,) = sample_shape + posterior.batch_shape, posterior.event_shape
-    size, like = batch_shape.numel(), posterior.base_dist.mean
-    few = 2 <= size <= _MAX_SPREAD and dim <= torch.quasirandom.SobolEngine.MAXDIM
-    if not (few and torch.is_grad_enabled()):
-        return posterior.base_dist.rsample(sample_shape)
-    shift = torch.rand(dim, dtype=like.dtype, device=like.device)
-    uniform = (_sobol_points(size, dim, like.dtype, like.device) + shift).frac()
-    eps = torch.finfo(like.dtype).eps
-    return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).view(*batch_shape, dim)
-
-
-class _Posterior(dist.TransformedDistribution):
-    """Flows and an affine map, with evenly spread samples."""
-
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        x = _spread_sample(self, sample_shape)
-        for transform in self.transforms:
-            x = transform(x)
-        return x
-
-
-class _PathPosterior(PathGradientDistribution):
-    """
-    The same with the path gradient. With gradients its samples are stretched by factors from 1 to :attr:`stretch`, each
-    by its own; they are scored by the density of those that are not.
-    """
-
-    # Set afterwards, as torch refuses to expand a distribution that has an __init__ of its own.
-    stretch = 1.0
-
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> _PathPosterior:
-        expanded = super().expand(batch_shape, _instance)
-        expanded.stretch = self.stretch
-        return expanded
-
-    def _base_sample(self, sample_shape: torch.Size) -> Tensor:
-        x = _spread_sample(self, sample_shape)
-        return x if self.stretch == 1.0 else x * torch.empty_like(x[..., :1]).uniform_(1.0, self.stretch)
+# The base starts nearly Gaussian, but with tails that can be felt.
+_INITIAL_TAIL = 0.05
 
 
 class AutoHollowCNF(AutoContinuous):
@@ -195,14 +99,15 @@ class AutoHollowCNF(AutoContinuous):
         guide becomes exact, so it ends closer to the posterior; but only with a learning rate that decays: it is less
         stable than the default. It is biased for objectives that are not linear in the log-density, such as
         :class:`~pyro.infer.RenyiELBO`, and off with a penalty.
-    :param float overdispersion: with the path gradient, in training after the warm-up, base samples are stretched, each
-        by a factor drawn evenly from 1 to this one, so that the flow learns its tails, too, which it would hardly ever
-        sample. An exact guide stays one, as the path gradient of every sample is zero there; any other ends wider than
-        at the best ELBO, as a rule with lighter importance weights: compare :func:`diagnose` with and without. Try 2
-        for up to a dozen latents, less for more (1.4 for 50), none for extreme funnels. For
-        :class:`~pyro.infer.Trace_ELBO` and its like, with this as the whole guide: parameters of the model and of other
-        guides would get a biased gradient, what ``svi.step`` returns is not the negative ELBO, and samples for other
-        purposes are to be drawn without gradients or after ``guide.eval()``.
+    :param float overdispersion: with the path gradient, train the tails: in training after the warm-up the coordinates
+        of base samples are stretched, each by a factor drawn evenly from 1 to this one (2 is a good choice), so that
+        the flow learns about places that it would hardly ever sample. An exact guide stays one, as the path gradient of
+        every sample is zero there; others end with lighter importance weights, as a rule. No sample then has more
+        influence than the guide's own score gives it, and the factor recedes by itself while many would. The base gets
+        tails that can learn to be heavier than Gaussian ones, up to exponential. For :class:`~pyro.infer.Trace_ELBO`
+        and its like, with this as the whole guide: parameters of the model and of other guides would get a biased
+        gradient, what ``svi.step`` returns is not the negative ELBO, and samples for other purposes are to be drawn
+        without gradients or after ``guide.eval()``.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
         "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
@@ -255,7 +160,7 @@ class AutoHollowCNF(AutoContinuous):
         self._calls = 0
         self._penalty = penalty
         self._path_gradient = path_gradient and not penalty
-        self._overdispersion = overdispersion
+        self._stretching = Stretching(overdispersion) if overdispersion > 1 else None
         self._num_transforms = num_transforms
         self._settings = {
             "hidden_dims": hidden_dims,
@@ -304,6 +209,8 @@ class AutoHollowCNF(AutoContinuous):
         log_scale = affine[:, 1:].diagonal() if self._full else affine[:, 1]
         log_scale.fill_(math.log(self._init_scale))
         self.affine = nn.Parameter(affine / _AFFINE_RATE)
+        if self._stretching is not None:
+            self.tails = nn.Parameter(torch.full((d, 2), math.log(_INITIAL_TAIL) / _AFFINE_RATE).to(loc))
         settings = {"conditioner": "grouped" if d <= _MAX_GROUPED else "leave-one-out", **self._settings}
         # A copy each: a conditioner of the user's own must not be shared.
         own = [copy.deepcopy(settings["conditioner"]) for _ in range(self._num_transforms)]
@@ -323,10 +230,13 @@ class AutoHollowCNF(AutoContinuous):
         for flow in getattr(self, "flows", ()):
             flow.solver = solver
 
-    def _affine_map(self) -> _Affine:
+    def _transforms(self, flows: Iterable[Any]) -> list[Transform]:
+        """The flows between what stands before and behind them."""
+        tails = [] if self._stretching is None else [Tails((self.tails * _AFFINE_RATE).exp())]
         affine = self.affine * _AFFINE_RATE
         loc, raw = affine[:, 0], affine[:, 1:]
-        return _Affine(loc, raw.diagonal(), raw.tril(-1)) if self._full else _Affine(loc, raw[:, 0], None)
+        last = Affine(loc, raw.diagonal(), raw.tril(-1)) if self._full else Affine(loc, raw[:, 0], None)
+        return [*tails, *flows, last]
 
     def get_base_dist(self) -> dist.Distribution:
         """A standard Normal distribution."""
@@ -335,17 +245,15 @@ class AutoHollowCNF(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """The flows and the affine map."""
-        return ComposeTransform([*self.flows, self._affine_map()])
+        return ComposeTransform(self._transforms(self.flows))
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Samples an encoded latent."""
         flows: list[Any] = [] if self._warms_up() else list(self.flows)
-        transforms = [*flows, self._affine_map()]
-        if self._path_gradient:
-            posterior = _PathPosterior(self.get_base_dist(), transforms)
-            posterior.stretch = self._overdispersion if flows and self.training else 1.0
-        else:
-            posterior = _Posterior(self.get_base_dist(), transforms)
+        family = PathPosterior if self._path_gradient else Posterior
+        posterior = family(self.get_base_dist(), self._transforms(flows))
+        if flows and self.training and isinstance(posterior, PathPosterior):
+            posterior.stretching = self._stretching
         latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
         if self._penalty and flows and torch.is_grad_enabled():
             penalty = torch.stack([flow.regularization.penalty() for flow in flows]).sum(0)
@@ -404,6 +312,8 @@ class AutoHollowCNF(AutoContinuous):
         if affine is not None and not hasattr(self, "flows"):
             if (affine.shape[1] == len(affine) + 1) != self._full and len(affine) > 1:
                 raise ValueError("the state is that of a guide with another setting of affine")
+            if (f"{prefix}tails" in state_dict) != (self._stretching is not None):
+                raise ValueError("the state is that of a guide with another setting of overdispersion")
             self._make(affine[:, 0].detach().clone())
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -145,9 +145,15 @@ class PathGradientDistribution(dist.TransformedDistribution):
 
         :param Tensor value: with the shape of a sample.
         """
-        if self._latest is None:
+        latest = self._recall(value)
+        if latest is None:
             return super().log_prob(value)
-        sample, version, log_density, score = self._latest
-        if value is not sample() or value._version != version:
-            return super().log_prob(value)
+        log_density, score = latest
         return log_density + (score * (value - value.detach())).sum(-1)
+
+    def _recall(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The log-density and the score of a value that is the latest sample; None of any other."""
+        if self._latest is None:
+            return None
+        sample, version, log_density, score = self._latest
+        return (log_density, score) if value is sample() and value._version == version else None

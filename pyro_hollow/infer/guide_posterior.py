@@ -1,0 +1,227 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the posterior of an automatic guide is made of, besides its flows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions import Transform
+
+from .path_gradient import PathGradientDistribution
+
+__all__ = ["Affine", "PathPosterior", "Posterior", "Stretching", "Tails"]
+
+# Up to here the particles of a step are spread evenly; more have little to gain.
+_MAX_SPREAD = 4096
+# Only the tails of a standard Normal lie beyond: one sample in eight.
+_TAILS_FROM = 1.5
+# The share of samples, per step, that may have to be restrained.
+_MAX_RESTRAINED = 0.3
+
+
+class _Bijection(Transform):
+    """Keeps its latest pair, so that scoring a sample inverts nothing; but not one that has lost its gradients."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    sign = +1
+
+    def __init__(self) -> None:
+        super().__init__(cache_size=1)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not y.requires_grad:
+            return self._inverse(y)
+        return super()._inv_call(y)
+
+
+class Affine(_Bijection):
+    r""":math:`y = \mu + \mathrm{diag}(\sigma) (I + U) x` with a strictly lower triangular U, or without."""
+
+    def __init__(self, loc: Tensor, log_scale: Tensor, lower: Tensor | None) -> None:
+        super().__init__()
+        self.loc, self.log_scale, self.lower = loc, log_scale, lower
+
+    def _call(self, x: Tensor) -> Tensor:
+        mixed = x if self.lower is None else x + x @ self.lower.mT
+        return torch.addcmul(self.loc, mixed, self.log_scale.exp())
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        mixed = (y - self.loc) * (-self.log_scale).exp()
+        return mixed if self.lower is None else self._solve(self.lower, mixed, upper=False)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.log_scale.sum().expand(x.shape[:-1])
+
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As of a flow; the gradient of the log-density of y from that of x."""
+        y = self(x)
+        with torch.no_grad():
+            mixed = score if self.lower is None else self._solve(self.lower.mT, score, upper=True)
+            return y, self.log_abs_det_jacobian(x, y), mixed * (-self.log_scale).exp()
+
+    @staticmethod
+    def _solve(matrix: Tensor, rows: Tensor, upper: bool) -> Tensor:
+        return torch.linalg.solve_triangular(matrix, rows.unsqueeze(-1), upper=upper, unitriangular=True).squeeze(-1)
+
+
+class Tails(_Bijection):
+    r"""
+    Heavier tails, coordinate by coordinate and side by side,
+
+        :math:`y = \operatorname{sign}(x) \bigl(\min(|x|, c) + r \sqrt{1 + b r^2}\bigr), \qquad r = \max(|x| - c, 0),`
+
+    with c = 1.5. For b = 0 it is the identity; for b > 0 it grows like the square of x in the end, which makes
+    exponential tails of Gaussian ones.
+
+    :param Tensor weight: b for the left and the right tail, with shape ``(d, 2)``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The part of x within the tails' thresholds, that beyond them, and the weights of the tails."""
+        inner = x.clamp(-_TAILS_FROM, _TAILS_FROM)
+        return inner, x - inner, torch.where(x < 0, self.weight[:, 0], self.weight[:, 1])
+
+    def _call(self, x: Tensor) -> Tensor:
+        inner, r, b = self._split(x)
+        return inner + r * (1 + b * r.square()).sqrt()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        inner, s, b = self._split(y)
+        return inner + s * (2 / (1 + (1 + 4 * b * s.square()).sqrt())).sqrt()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        _, r, b = self._split(x)
+        return self._log_slope(b * r.square()).sum(-1)
+
+    @staticmethod
+    def _log_slope(q: Tensor) -> Tensor:
+        return torch.log1p(2 * q) - 0.5 * torch.log1p(q)
+
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As of a flow; the gradient of the log-density of y from that of x."""
+        y = self(x)
+        with torch.no_grad():
+            _, r, b = self._split(x)
+            q = b * r.square()
+            log_slope = self._log_slope(q)
+            gradient = b * r * (4 / (1 + 2 * q) - 1 / (1 + q))
+            return y, log_slope.sum(-1), (score - gradient) * (-log_slope).exp()
+
+
+@lru_cache(maxsize=8)
+def _sobol_points(size: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.quasirandom.SobolEngine(dim).draw(size, dtype=dtype).to(device)
+
+
+def _spread_sample(posterior: dist.TransformedDistribution, sample_shape: torch.Size) -> Tensor:
+    """
+    Samples of the standard Normal base that are, for training, evenly spread: the normal images of Sobol points under
+    one random shift. Each is distributed as it should be, and their mean varies less than that of independent samples.
+    """
+    batch_shape, (dim,) = sample_shape + posterior.batch_shape, posterior.event_shape
+    size, like = batch_shape.numel(), posterior.base_dist.mean
+    few = 2 <= size <= _MAX_SPREAD and dim <= torch.quasirandom.SobolEngine.MAXDIM
+    if not (few and torch.is_grad_enabled()):
+        return posterior.base_dist.rsample(sample_shape)
+    shift = torch.rand(dim, dtype=like.dtype, device=like.device)
+    uniform = (_sobol_points(size, dim, like.dtype, like.device) + shift).frac()
+    eps = torch.finfo(like.dtype).eps
+    return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).view(*batch_shape, dim)
+
+
+class Posterior(dist.TransformedDistribution):
+    """Flows and an affine map, with evenly spread samples."""
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        x = _spread_sample(self, sample_shape)
+        for transform in self.transforms:
+            x = transform(x)
+        return x
+
+
+class Stretching:
+    """
+    Stretches samples of the base, so that a guide is trained in its tails, and restrains their gradients: far out a
+    model's gradient can be as large as any number, and one sample outweigh all others.
+
+    :param float limit: the largest factor.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = self._excess = limit - 1.0
+
+    def stretch(self, x: Tensor) -> Tensor:
+        """Each coordinate by a factor drawn evenly from 1 to the largest one at present."""
+        return x * torch.empty_like(x).uniform_(1.0, 1.0 + self._excess)
+
+    def restrain(self, gradient: Tensor, largest: Tensor) -> Tensor:
+        """
+        Cuts the gradients of samples to a largest norm each. The stretching recedes while too many have to be cut.
+
+        :param Tensor gradient: with shape ``(*, d)``; of samples for which it is not finite nothing is left.
+        :param Tensor largest: with shape ``(*,)``.
+        """
+        size = gradient.norm(dim=-1)
+        excessive = ~(size <= largest)
+        few = bool(excessive.float().mean() <= _MAX_RESTRAINED)
+        # Receding is four times as fast, so in the long run too many are cut in one step of five at most.
+        self._excess = min(self._limit, max(1e-3, self._excess * (1.01 if few else 1.01**-4)))
+        cut = torch.where(excessive, largest / size, 1.0).unsqueeze(-1)
+        return torch.where(size.isfinite().unsqueeze(-1), gradient * cut, 0.0)
+
+
+class PathPosterior(PathGradientDistribution):
+    """
+    The same with the path gradient. With :attr:`stretching`, samples with gradients are those of a stretched base, but
+    scored by the density of the one that is not; the gradient that reaches a sample is at most as large as the
+    score's part in it.
+    """
+
+    # Set afterwards, as torch refuses to expand a distribution that has an __init__ of its own.
+    stretching: Stretching | None = None
+    # By what the gradient of each log-density is multiplied.
+    _weight: Tensor | None = None
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> PathPosterior:
+        expanded = super().expand(batch_shape, _instance)
+        expanded.stretching = self.stretching
+        return expanded
+
+    def _base_sample(self, sample_shape: torch.Size) -> Tensor:
+        x = _spread_sample(self, sample_shape)
+        return x if self.stretching is None else self.stretching.stretch(x)
+
+    def _map(self, x: Tensor) -> Tensor:
+        x = super()._map(x)
+        if self.stretching is not None and x.requires_grad:
+            x.register_hook(self._restrain)
+        return x
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_density = super().log_prob(value)
+        if self.stretching is not None and self._recall(value) is not None and log_density.requires_grad:
+            log_density.register_hook(self._keep)
+        return log_density
+
+    def _keep(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def _restrain(self, gradient: Tensor) -> Tensor:
+        weight, self._weight = self._weight, None
+        if weight is None or self._latest is None or self.stretching is None:
+            return gradient
+        score = self._latest[-1]
+        return self.stretching.restrain(gradient, weight.abs() * score.norm(dim=-1))
