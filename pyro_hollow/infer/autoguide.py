@@ -13,6 +13,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
@@ -101,19 +102,21 @@ class AutoHollowCNF(AutoContinuous):
         :class:`~pyro.infer.RenyiELBO`, and off with a penalty.
     :param float overdispersion: with the path gradient, train the tails: in training after the warm-up the coordinates
         of base samples are stretched, each by a factor drawn evenly from 1 to this one (2 is a good choice), so that
-        the flow learns about places that it would hardly ever sample. An exact guide stays one, as the path gradient of
-        every sample is zero there; others end with lighter importance weights, as a rule. No sample then has more
-        influence than the guide's own score gives it, and the factor recedes by itself while many would. The base gets
-        tails that can learn to be heavier than Gaussian ones, up to exponential. For :class:`~pyro.infer.Trace_ELBO`
-        and its like, with this as the whole guide: parameters of the model and of other guides would get a biased
-        gradient, what ``svi.step`` returns is not the negative ELBO, and samples for other purposes are to be drawn
-        without gradients or after ``guide.eval()``.
+        the flow learns about places that it would hardly ever sample. The path gradient allows it, for where a guide is
+        exact that of every sample is zero. As a rule importance weights become lighter, for an ELBO that can be a
+        little lower: compare :func:`diagnose`. No sample has more influence than its score, and the largest factor
+        recedes by itself while too many samples would. The base gets tails that can learn to be heavier than
+        Gaussian ones, up to exponential; they learn from the first call. For :class:`~pyro.infer.Trace_ELBO` and its
+        like, all the data in every step, and this as the whole guide: parameters of the model and of other guides would
+        get a biased gradient, what ``svi.step`` returns is not the negative ELBO, and samples for other purposes are to
+        be drawn without gradients or after ``guide.eval()``.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
         "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
         conditioner (unless it is your own) and the transformer's. ``activation="tanh"`` fits several separate modes
         better. With "silu" and ``max_rate=None`` the flow need not exist far from the posterior.
-    :raises ValueError: for arguments out of range, and when a state for another number of latents is loaded.
+    :raises ValueError: for arguments out of range, when a state for another number of latents or with other settings is
+        loaded, and on the first call for overdispersion with subsampled data.
     :raises NotImplementedError: on the first call, for local latents in a subsampled plate.
     """
 
@@ -174,9 +177,12 @@ class AutoHollowCNF(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         try:
             self._check_prototype_frames()
+            self._check_subsampling(*args, **kwargs)
             if not hasattr(self, "flows"):
-                self._make(self._init_loc())
-                self._restore()
+                if self._stored():
+                    self._make_from_store()
+                else:
+                    self._make(self._init_loc())
             elif len(self.affine) != self.latent_dim:
                 raise ValueError(
                     f"the state was saved for {len(self.affine)} latents, but the model has {self.latent_dim}"
@@ -194,12 +200,28 @@ class AutoHollowCNF(AutoContinuous):
                     "(conditional_hollow_cnf) and an AutoHollowCNF for the others, in an AutoGuideList"
                 )
 
-    def _restore(self) -> None:
-        """Takes the flows from Pyro's parameter store, as after loading it; other parameters come by themselves."""
-        name = self._pyro_get_fullname("flows")
-        known = any(key.startswith(f"{name}$$$") for key in pyro.get_param_store())
-        if known and self._pyro_context.active and not pyro.settings.get("module_local_params"):
-            pyro.module(name, self._modules["flows"], update_module_params=True)
+    def _check_subsampling(self, *args: Any, **kwargs: Any) -> None:
+        if self._stretching is None:
+            return
+        # The prototype does not show where data are observed.
+        trace = poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
+        for frame in (frame for site in trace.nodes.values() for frame in site.get("cond_indep_stack", ())):
+            if frame.full_size is not None and frame.size < frame.full_size:
+                raise ValueError(
+                    "overdispersion must be 1 for subsampled data, whose noise outweighs what the tails can teach, but "
+                    f"plate {frame.name!r} subsamples {frame.size} of {frame.full_size}"
+                )
+
+    def _stored(self) -> bool:
+        """Whether Pyro's parameter store has the flows, as after loading it."""
+        known = any(key.startswith(f"{self._pyro_get_fullname('flows')}$$$") for key in pyro.get_param_store())
+        return known and self._pyro_context.active and not pyro.settings.get("module_local_params")
+
+    def _make_from_store(self) -> None:
+        """Takes the flows from the store; other parameters come by themselves."""
+        self._check_tails(self._pyro_get_fullname("tails") in pyro.get_param_store())
+        self._make(self._init_loc())
+        pyro.module(self._pyro_get_fullname("flows"), self._modules["flows"], update_module_params=True)
 
     def _make(self, loc: Tensor) -> None:
         """Makes the parameters: the affine map, location in the first column, and the flows."""
@@ -231,7 +253,7 @@ class AutoHollowCNF(AutoContinuous):
             flow.solver = solver
 
     def _transforms(self, flows: Iterable[Any]) -> list[Transform]:
-        """The flows between what stands before and behind them."""
+        """The tails of the base if it has any, the given flows, and the affine map."""
         tails = [] if self._stretching is None else [Tails((self.tails * _AFFINE_RATE).exp())]
         affine = self.affine * _AFFINE_RATE
         loc, raw = affine[:, 0], affine[:, 1:]
@@ -244,7 +266,7 @@ class AutoHollowCNF(AutoContinuous):
         return dist.Normal(zero, torch.ones_like(zero)).expand([self.latent_dim]).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
-        """The flows and the affine map."""
+        """The tails of the base if it has any, the flows, and the affine map."""
         return ComposeTransform(self._transforms(self.flows))
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -307,13 +329,16 @@ class AutoHollowCNF(AutoContinuous):
                 result.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
         return {name: torch.stack(values) for name, values in result.items()}
 
+    def _check_tails(self, saved: bool) -> None:
+        if saved != (self._stretching is not None):
+            raise ValueError("the state is that of a guide with another setting of overdispersion")
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         affine = state_dict.get(f"{prefix}affine")
         if affine is not None and not hasattr(self, "flows"):
             if (affine.shape[1] == len(affine) + 1) != self._full and len(affine) > 1:
                 raise ValueError("the state is that of a guide with another setting of affine")
-            if (f"{prefix}tails" in state_dict) != (self._stretching is not None):
-                raise ValueError("the state is that of a guide with another setting of overdispersion")
+            self._check_tails(f"{prefix}tails" in state_dict)
             self._make(affine[:, 0].detach().clone())
         super()._load_from_state_dict(state_dict, prefix, *args)
 

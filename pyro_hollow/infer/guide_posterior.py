@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform
 
 from .path_gradient import PathGradientDistribution
@@ -22,8 +23,9 @@ __all__ = ["Affine", "PathPosterior", "Posterior", "Stretching", "Tails"]
 _MAX_SPREAD = 4096
 # Only the tails of a standard Normal lie beyond: one sample in eight.
 _TAILS_FROM = 1.5
-# The share of samples, per step, that may have to be restrained.
+# The share of samples that may have to be restrained, and how fast the stretching recedes while more are.
 _MAX_RESTRAINED = 0.3
+_RECESSION = 0.1
 
 
 class _Bijection(Transform):
@@ -67,6 +69,14 @@ class Affine(_Bijection):
         with torch.no_grad():
             mixed = score if self.lower is None else self._solve(self.lower.mT, score, upper=True)
             return y, self.log_abs_det_jacobian(x, y), mixed * (-self.log_scale).exp()
+
+    def transposed(self) -> Callable[[Tensor], Tensor]:
+        """The transpose of the Jacobian, by a function that holds no pair and no graph."""
+        scale, lower = self.log_scale.detach().exp(), self.lower
+        if lower is None:
+            return lambda rows: rows * scale
+        matrix = scale.diag() + scale.unsqueeze(-1) * lower.detach()
+        return lambda rows: rows @ matrix
 
     @staticmethod
     def _solve(matrix: Tensor, rows: Tensor, upper: bool) -> Tensor:
@@ -152,7 +162,7 @@ class Posterior(dist.TransformedDistribution):
         return x
 
 
-class Stretching:
+class Stretching(nn.Module):
     """
     Stretches samples of the base, so that a guide is trained in its tails, and restrains their gradients: far out a
     model's gradient can be as large as any number, and one sample outweigh all others.
@@ -160,40 +170,45 @@ class Stretching:
     :param float limit: the largest factor.
     """
 
+    excess: Tensor
+
     def __init__(self, limit: float) -> None:
-        self._limit = self._excess = limit - 1.0
+        super().__init__()
+        self._max_excess = limit - 1.0
+        self.register_buffer("excess", torch.tensor(self._max_excess))
 
-    def stretch(self, x: Tensor) -> Tensor:
-        """Each coordinate by a factor drawn evenly from 1 to the largest one at present."""
-        return x * torch.empty_like(x).uniform_(1.0, 1.0 + self._excess)
+    def forward(self, x: Tensor) -> Tensor:
+        """Stretches each coordinate by a factor drawn evenly from 1 to the largest one at present."""
+        return x * (1.0 + self.excess * torch.rand_like(x))
 
-    def restrain(self, gradient: Tensor, largest: Tensor) -> Tensor:
+    @torch.no_grad()
+    def restrain(self, gradient: Tensor, size: Tensor, largest: Tensor) -> Tensor:
         """
-        Cuts the gradients of samples to a largest norm each. The stretching recedes while too many have to be cut.
+        Cuts the gradients of samples to a largest size each. The stretching recedes while too many have to be cut.
 
-        :param Tensor gradient: with shape ``(*, d)``; of samples for which it is not finite nothing is left.
+        :param Tensor gradient: with shape ``(*, d)``.
+        :param Tensor size: that of each gradient, with shape ``(*,)``; where it is not finite, nothing is left.
         :param Tensor largest: with shape ``(*,)``.
         """
-        size = gradient.norm(dim=-1)
         excessive = ~(size <= largest)
-        few = bool(excessive.float().mean() <= _MAX_RESTRAINED)
-        # Receding is four times as fast, so in the long run too many are cut in one step of five at most.
-        self._excess = min(self._limit, max(1e-3, self._excess * (1.01 if few else 1.01**-4)))
+        share = excessive.to(self.excess.dtype).mean()
+        self.excess.mul_(torch.exp(_RECESSION * (_MAX_RESTRAINED - share)))
+        self.excess.clamp_(min(1e-3, self._max_excess), self._max_excess)
         cut = torch.where(excessive, largest / size, 1.0).unsqueeze(-1)
         return torch.where(size.isfinite().unsqueeze(-1), gradient * cut, 0.0)
 
 
 class PathPosterior(PathGradientDistribution):
     """
-    The same with the path gradient. With :attr:`stretching`, samples with gradients are those of a stretched base, but
-    scored by the density of the one that is not; the gradient that reaches a sample is at most as large as the
-    score's part in it.
+    As :class:`Posterior`, with the path gradient. With :attr:`stretching`, samples with gradients are those of a
+    stretched base, but scored by the density of the one that is not; the gradient that reaches a sample is at most as
+    large as the score's part in it. For that the last transform must be affine: sizes are those in its coordinates.
     """
 
     # Set afterwards, as torch refuses to expand a distribution that has an __init__ of its own.
     stretching: Stretching | None = None
-    # By what the gradient of each log-density is multiplied.
-    _weight: Tensor | None = None
+    # By what the gradient of the log-density of each latest sample is multiplied; known in the backward pass.
+    _weights: list[Tensor]
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> PathPosterior:
         expanded = super().expand(batch_shape, _instance)
@@ -202,26 +217,36 @@ class PathPosterior(PathGradientDistribution):
 
     def _base_sample(self, sample_shape: torch.Size) -> Tensor:
         x = _spread_sample(self, sample_shape)
-        return x if self.stretching is None else self.stretching.stretch(x)
+        return x if self.stretching is None else self.stretching(x)
 
     def _map(self, x: Tensor) -> Tensor:
         x = super()._map(x)
-        if self.stretching is not None and x.requires_grad:
-            x.register_hook(self._restrain)
+        if self.stretching is not None and x.requires_grad and self._latest is not None:
+            # A hook that held this distribution would keep it alive for ever, with the sample that it caches.
+            self._weights = []
+            transposed = self.transforms[-1].transposed()
+            x.register_hook(partial(_restrain, self.stretching, transposed, self._latest[-1], self._weights))
         return x
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_density = super().log_prob(value)
         if self.stretching is not None and self._recall(value) is not None and log_density.requires_grad:
-            log_density.register_hook(self._keep)
+            log_density.register_hook(self._weights.append)
         return log_density
 
-    def _keep(self, weight: Tensor) -> None:
-        self._weight = weight
 
-    def _restrain(self, gradient: Tensor) -> Tensor:
-        weight, self._weight = self._weight, None
-        if weight is None or self._latest is None or self.stretching is None:
-            return gradient
-        score = self._latest[-1]
-        return self.stretching.restrain(gradient, weight.abs() * score.norm(dim=-1))
+def _restrain(
+    stretching: Stretching,
+    transposed: Callable[[Tensor], Tensor],
+    score: Tensor,
+    weights: list[Tensor],
+    gradient: Tensor,
+) -> Tensor:
+    """A sample's gradient, at most as large as the part of the score, once the weights of the latter are known."""
+    if not weights:
+        return gradient
+    weight = torch.stack(weights).sum(0)
+    weights.clear()
+    with torch.no_grad():
+        size, largest = (transposed(rows).norm(dim=-1) for rows in (gradient, score))
+    return stretching.restrain(gradient, size, weight.abs() * largest)
