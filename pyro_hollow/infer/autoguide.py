@@ -232,6 +232,7 @@ class AutoHollowCNF(AutoContinuous):
         log_scale.fill_(math.log(self._init_scale))
         self.affine = nn.Parameter(affine / _AFFINE_RATE)
         if self._stretching is not None:
+            self._stretching.to(loc)
             self.tails = nn.Parameter(torch.full((d, 2), math.log(_INITIAL_TAIL) / _AFFINE_RATE).to(loc))
         settings = {"conditioner": "grouped" if d <= _MAX_GROUPED else "leave-one-out", **self._settings}
         # A copy each: a conditioner of the user's own must not be shared.
