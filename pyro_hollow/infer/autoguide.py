@@ -104,12 +104,12 @@ class AutoHollowCNF(AutoContinuous):
         of base samples are stretched, each by a factor drawn evenly from 1 to this one (2 is a good choice), so that
         the flow learns about places that it would hardly ever sample. The path gradient allows it, for where a guide is
         exact that of every sample is zero. As a rule importance weights become lighter, for an ELBO that can be a
-        little lower: compare :func:`diagnose`. No sample has more influence than its score, and the largest factor
-        recedes by itself while too many samples would. The base gets tails that can learn to be heavier than
-        Gaussian ones, up to exponential; they learn from the first call. For :class:`~pyro.infer.Trace_ELBO` and its
-        like, all the data in every step, and this as the whole guide: parameters of the model and of other guides would
-        get a biased gradient, what ``svi.step`` returns is not the negative ELBO, and samples for other purposes are to
-        be drawn without gradients or after ``guide.eval()``.
+        little lower; with dozens of latents there is less to gain: compare :func:`diagnose`. No sample has more
+        influence than its score, and the largest factor recedes by itself while too many samples would. The base gets
+        tails that can learn to be heavier than Gaussian ones, up to exponential; they learn from the first call. For
+        :class:`~pyro.infer.Trace_ELBO` and its like, all the data in every step, and this as the whole guide:
+        parameters of the model and of other guides would get a biased gradient, what ``svi.step`` returns is not the
+        negative ELBO, and samples for other purposes are to be drawn without gradients or after ``guide.eval()``.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
         "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
