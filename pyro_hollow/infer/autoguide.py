@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, biject_to
 
 from pyro_hollow.infer.guide_posterior import Affine, PathPosterior, Posterior, Stretching, Tails
+from pyro_hollow.infer.plates import plates, subsampled
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import hollow_cnf
 
@@ -192,25 +193,23 @@ class AutoHollowCNF(AutoContinuous):
             raise
 
     def _check_prototype_frames(self) -> None:
-        for frame in self._prototype_frames.values():
-            if frame.full_size is not None and frame.size < frame.full_size:
-                raise NotImplementedError(
-                    f"plate {frame.name!r} holds latents, but subsamples {frame.size} of {frame.full_size}: one joint "
-                    "distribution cannot cover them. Use all the data, or an amortised guide for these latents "
-                    "(conditional_hollow_cnf) and an AutoHollowCNF for the others, in an AutoGuideList"
-                )
+        for frame in subsampled(self._prototype_frames.values()):
+            raise NotImplementedError(
+                f"plate {frame.name!r} holds latents, but subsamples {frame.size} of {frame.full_size}: one joint "
+                "distribution cannot cover them. Use all the data, or an amortised guide for these latents "
+                "(conditional_hollow_cnf) and an AutoHollowCNF for the others, in an AutoGuideList"
+            )
 
     def _check_subsampling(self, *args: Any, **kwargs: Any) -> None:
         if self._stretching is None:
             return
         # The prototype does not show where data are observed.
         trace = poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
-        for frame in (frame for site in trace.nodes.values() for frame in site.get("cond_indep_stack", ())):
-            if frame.full_size is not None and frame.size < frame.full_size:
-                raise ValueError(
-                    "overdispersion must be 1 for subsampled data, whose noise outweighs what the tails can teach, but "
-                    f"plate {frame.name!r} subsamples {frame.size} of {frame.full_size}"
-                )
+        for frame in subsampled(plates(trace)):
+            raise ValueError(
+                "overdispersion must be 1 for subsampled data, whose noise outweighs what the tails can teach, but "
+                f"plate {frame.name!r} subsamples {frame.size} of {frame.full_size}"
+            )
 
     def _stored(self) -> bool:
         """Whether Pyro's parameter store has the flows, as after loading it."""
@@ -273,10 +272,12 @@ class AutoHollowCNF(AutoContinuous):
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Samples an encoded latent."""
         flows: list[Any] = [] if self._warms_up() else list(self.flows)
-        family = PathPosterior if self._path_gradient else Posterior
-        posterior = family(self.get_base_dist(), self._transforms(flows))
-        if flows and self.training and isinstance(posterior, PathPosterior):
-            posterior.stretching = self._stretching
+        transforms = self._transforms(flows)
+        if self._path_gradient:
+            posterior = PathPosterior(self.get_base_dist(), transforms)
+            posterior.stretching = self._stretching if flows and self.training else None
+        else:
+            posterior = Posterior(self.get_base_dist(), transforms)
         latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
         if self._penalty and flows and torch.is_grad_enabled():
             penalty = torch.stack([flow.regularization.penalty() for flow in flows]).sum(0)

@@ -20,6 +20,8 @@ from pyro.infer.enum import get_importance_trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_hollow.infer.plates import plates, subsampled
+
 if TYPE_CHECKING:
     from arviz import InferenceData
 
@@ -266,15 +268,13 @@ def _dataset(arviz: Any, samples: dict[str, Tensor]) -> Any:
 
 def _plate_nesting(trace: poutine.Trace, owner: str) -> int:
     """The largest number of nested plates, which must not be subsampled."""
-    trace = prune_subsample_sites(trace)
-    frames = [frame for site in trace.nodes.values() for frame in site.get("cond_indep_stack", ())]
-    for frame in frames:
-        if frame.full_size is not None and frame.size < frame.full_size:
-            raise ValueError(
-                f"plate {frame.name!r} of the {owner} is subsampled, {frame.size} of {frame.full_size}, and weights of "
-                "a part of the data are not those of the posterior; pass the full data (an automatic guide remembers "
-                "the size of its first call unless it has create_plates)"
-            )
+    frames = plates(prune_subsample_sites(trace))
+    for frame in subsampled(frames):
+        raise ValueError(
+            f"plate {frame.name!r} of the {owner} is subsampled, {frame.size} of {frame.full_size}, and weights of "
+            "a part of the data are not those of the posterior; pass the full data (an automatic guide remembers "
+            "the size of its first call unless it has create_plates)"
+        )
     return max((-frame.dim for frame in frames if frame.vectorized), default=0)
 
 
