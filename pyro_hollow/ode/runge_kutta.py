@@ -178,30 +178,32 @@ def fixed(tableau: Tableau, times: Sequence[float]) -> March:
 def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, max_nfe: int) -> March:
     """
     Steps chosen such that for every sample the root mean square of error / (atol + rtol \\|x\\|) stays below 1, and the
-    same of the integral. The first step tries the whole interval, which a smooth field often allows.
+    same of the integral. The first step tries the whole interval, which a smooth field often allows; later ones divide
+    what is left of it evenly.
 
     The march raises an ArithmeticError if the end is out of reach.
     """
 
     def march(tape: Tape, x: Tensor, keep: bool) -> Path:
         path = Path(x, x.new_zeros(x.shape[1:]), [t0], nfe=1)
-        first, h = tape.record(t0, x), t1 - t0
+        first, steps = tape.record(t0, x), 1
         smallest = torch.finfo(x.dtype).eps * max(abs(t0), abs(t1))
         while path.times[-1] != t1:
             t = path.times[-1]
+            end = t1 if steps == 1 else t + (t1 - t) / steps
+            h = end - t
             if path.nfe + len(tableau.b) > max_nfe or abs(h) < smallest:
                 raise ArithmeticError(f"the end is out of reach from t = {t}")
-            end = t1 if abs(t1 - t) <= abs(h) * (1 + 1e-6) else t + h
-            slopes, integrands, saved = zip(*_stages(tape, tableau, t, end - t, path.x, [first]), strict=True)
+            slopes, integrands, saved = zip(*_stages(tape, tableau, t, h, path.x, [first]), strict=True)
             x, integral = (
-                _step(start, end - t, tableau.b, rates)
+                _step(start, h, tableau.b, rates)
                 for start, rates in ((path.x, slopes), (path.integral, integrands))
             )
             last = tape.record(end, x)
             path.nfe += len(tableau.b)
             error = torch.maximum(
-                _error(tableau, end - t, path.x, x, (*slopes, last[0]), rtol, atol).mean(0).max(),
-                _error(tableau, end - t, path.integral, integral, (*integrands, last[1]), rtol, atol).max(),
+                _error(tableau, h, path.x, x, (*slopes, last[0]), rtol, atol).mean(0).max(),
+                _error(tableau, h, path.integral, integral, (*integrands, last[1]), rtol, atol).max(),
             )
             ratio = math.sqrt(float(error))
             if ratio <= 1:
@@ -211,9 +213,9 @@ def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, m
             else:
                 path.rejected += 1
             # A state that is not finite has no ratio either.
-            h = (end - t) * (
-                min(10.0, max(0.2, 0.9 * max(ratio, 1e-10) ** (-1 / tableau.order))) if ratio < math.inf else 0.2
-            )
+            factor = 0.95 * max(ratio, 1e-10) ** (-1 / (tableau.order - 0.5)) if ratio < math.inf else 0.0
+            longest = h * min(10.0, max(0.2, factor))
+            steps = max(1, math.ceil((t1 - path.times[-1]) / longest - 1e-6))
         return path
 
     return march
