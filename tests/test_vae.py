@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 
+import pyro_hollow
 from pyro_hollow.experiments import vae
 from pyro_hollow.experiments.data import load_images
 from pyro_hollow.experiments.vae import FLOWS, Result, format_table, make_config, make_parser, parse, write_csv
@@ -144,6 +145,7 @@ def test_files_of_a_run(flow, trained):
     folder, result = trained.folder / f"{flow}-0", trained.results[flow]
     assert json.loads((folder / "config.json").read_text()) == asdict(result.config)
     kept = json.loads((folder / "training.json").read_text())
+    assert kept.pop("software") == {"pyro_hollow": pyro_hollow.__version__, "torch": torch.__version__}
     assert kept == asdict(replace(result, estimate=None))
     kept = json.loads((folder / "estimate.json").read_text())
     assert kept["estimate"] == asdict(result.estimate)
@@ -247,6 +249,12 @@ def test_changed_settings_are_refused(name, trained, no_training, capsys):
 def test_several_changed_settings_are_named(trained, no_training, capsys):
     message = refused(capsys, [*command(trained.folder.parent, "none", epochs=2, lr=0.1), "--adjoint"])
     assert "(epochs, lr, adjoint)" in message
+
+
+def test_images_from_another_source_are_refused(trained, no_training, capsys, monkeypatch):
+    load = vae.load_images
+    monkeypatch.setattr(vae, "load_images", lambda *args: replace(load(*args), source="other digits"))
+    assert "(source)" in refused(capsys, command(trained.folder.parent, "none"))
 
 
 def test_a_new_seed_is_a_new_run(trained, no_training):
@@ -533,7 +541,7 @@ DEFAULTS = {
 @pytest.mark.parametrize("case", DEFAULTS.values(), ids=DEFAULTS.keys())
 def test_defaults(case):
     argv, *expected = case
-    config = make_config(parse(make_parser(), ["table", *argv]), "hollow", 3)
+    config = make_config(parse(make_parser(), ["table", *argv]), "stripes", "hollow", 3)
     assert (config.flow, config.seed) == ("hollow", 3)
     assert [config.epochs, config.warmup, config.latent_dim, config.hidden_dim, config.batch_size] == expected
 
@@ -545,7 +553,7 @@ def test_flows_by_default():
 
 # Format
 
-CONFIG = make_config(parse(make_parser(), ["table"]), "none", 0)
+CONFIG = make_config(parse(make_parser(), ["table"]), "stripes", "none", 0)
 
 
 def result(flow, seed, elbo, nll, nfe=0.0, test_nfe=0.0, epochs=10, seconds=10.0):

@@ -31,6 +31,7 @@ from pyro_hollow.ode import Solver
 CONFIG = Config(
     flow="none",
     data="digits",
+    source="stripes",
     binarization="static",
     network="mlp",
     seed=0,

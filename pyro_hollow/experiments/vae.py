@@ -34,6 +34,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+import pyro_hollow
 from pyro_hollow.experiments.arguments import not_negative, positive, positive_real
 from pyro_hollow.experiments.data import BINARIZATIONS, DATASETS, DataError, Images, load_images
 from pyro_hollow.experiments.figures import pyplot
@@ -100,7 +101,9 @@ def train(configs: Sequence[Config], images: Images, output: Path, force: bool, 
             continue
         if task.global_rank == 0:
             parameters = sum(p.numel() for p in task.vae.parameters())
-            write(folder / "training.json", json.dumps(asdict(Result(config, parameters, task.history)), indent=1))
+            software = {"pyro_hollow": pyro_hollow.__version__, "torch": torch.__version__}
+            content = {**asdict(Result(config, parameters, task.history)), "software": software}
+            write(folder / "training.json", json.dumps(content, indent=1))
     return failures
 
 
@@ -366,13 +369,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return parser.parse_args(argv, parser.parse_args([args.command, *words]))
 
 
-def make_config(args: argparse.Namespace, flow: str, seed: int) -> Config:
-    """The settings of one run."""
+def make_config(args: argparse.Namespace, source: str, flow: str, seed: int) -> Config:
+    """The settings of one run, on images from this source."""
     given: dict[str, Any] = {key: value for key, value in vars(args).items() if value is not None}
     defaults = dict(_DEFAULTS[args.data])
     if args.network == "conv":
         defaults["hidden_dim"] = 256
-    settings = {**defaults, **given, "flow": flow, "seed": seed}
+    settings = {**defaults, **given, "source": source, "flow": flow, "seed": seed}
     # At full weight too early, the KL divergence keeps the decoder from learning to use the latent variables.
     settings.setdefault("warmup", max(1, settings["epochs"] * 4 // 5))
     return Config(**{field.name: settings[field.name] for field in fields(Config)})
@@ -387,10 +390,10 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         parser.error("--network conv is for images of 28 x 28 pixels: take --data mnist or omniglot")
     if args.command == "gradients" and (others := set(args.flow) - set(CONTINUOUS)):
         parser.error(f"--flow must name continuous flows, {', '.join(CONTINUOUS)}, but got {', '.join(sorted(others))}")
-    configs = [make_config(args, flow, seed) for seed in args.seed for flow in args.flow]
     folder = args.output / args.data
     try:
         images = load_images(args.data, args.data_dir, args.binarization)
+        configs = [make_config(args, images.source, flow, seed) for seed in args.seed for flow in args.flow]
         if args.command == "gradients":
             print(gradients(configs, args.output, images, device))
             return []

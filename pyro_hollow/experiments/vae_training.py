@@ -42,6 +42,7 @@ class Config:
     """
     All that decides what a training run results in.
 
+    :ivar source: what exactly the images are, in words.
     :ivar warmup: epochs over which the weight of the KL divergence rises to 1.
     :ivar patience: epochs without a better validation -ELBO, after the warm-up, that end the training; 0 never to.
     :ivar schedule: of the learning rate: "cosine", from ``lr`` to 0, or "constant".
@@ -51,6 +52,7 @@ class Config:
 
     flow: str
     data: str
+    source: str
     binarization: str
     network: str
     seed: int

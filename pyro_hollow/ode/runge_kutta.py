@@ -196,8 +196,7 @@ def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, m
                 raise ArithmeticError(f"the end is out of reach from t = {t}")
             slopes, integrands, saved = zip(*_stages(tape, tableau, t, h, path.x, [first]), strict=True)
             x, integral = (
-                _step(start, h, tableau.b, rates)
-                for start, rates in ((path.x, slopes), (path.integral, integrands))
+                _step(start, h, tableau.b, rates) for start, rates in ((path.x, slopes), (path.integral, integrands))
             )
             last = tape.record(end, x)
             path.nfe += len(tableau.b)
