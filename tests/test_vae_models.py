@@ -112,6 +112,29 @@ def test_samples_of_the_posterior(name, dtype):
         assert posterior.log_prob(z).shape == (*shape, 3)
 
 
+@pytest.mark.parametrize("whitened", (False, True), ids=("affine first", "affine last"))
+def test_order_of_the_affine_map(whitened):
+    vae = VAE(64, 4, 16, make_flow("hollow", 4, 16, Solver(rtol=1e-9, atol=1e-9)), whitened=whitened)
+    strengthen(vae.flow)
+    x = binary(3)
+    hidden = vae.encoder(x)
+    loc, raw = vae.to_base(hidden).chunk(2, dim=-1)
+    scale = torch.nn.functional.softplus(raw) + 1e-5
+    posterior, noise = vae.posterior(x), torch.randn(3, 4)
+    z = noise if whitened else loc + scale * noise
+    for transform in posterior.transforms:
+        z = transform(z)
+    flow = vae.flow.condition(hidden)
+    expected = loc + scale * flow(noise) if whitened else flow(loc + scale * noise)
+    assert_close(z, expected)
+    start = noise if whitened else loc + scale * noise
+    jacobian = torch.stack(
+        [torch.autograd.functional.jacobian(lambda s, k=k: flow(s)[k], start)[:, k] for k in range(3)]
+    )
+    log_det = jacobian.det().log() + scale.log().sum(-1)
+    assert_close(posterior.log_prob(z), dist.Normal(0.0, 1.0).log_prob(noise).sum(-1) - log_det, rtol=1e-6, atol=1e-6)
+
+
 @flows
 def test_gradients_reach_encoder_and_flow(name):
     vae = make_vae(name)

@@ -40,6 +40,7 @@ CONFIG = Config(
     patience=0,
     latent_dim=4,
     hidden_dim=16,
+    whitened=False,
     batch_size=16,
     lr=1e-2,
     schedule="cosine",
@@ -132,6 +133,28 @@ def test_model_is_drawn_by_the_seed():
     first, second, third = (make_vae(replace(CONFIG, seed=seed), 64).state_dict() for seed in (0, 0, 1))
     assert_same_state(first, second)
     assert not torch.equal(first["to_base.weight"], third["to_base.weight"])
+
+
+def test_whitened_gaussians_are_the_same(tmp_path):
+    # Without a flow there is nothing between the standard Normal and its location and scale.
+    runs = [fit(replace(CONFIG, whitened=w), images(), tmp_path / str(w), **QUIET) for w in (False, True)]
+    before, after = ([[row["loss"], row["validation"]] for row in run.history] for run in runs)
+    assert runs[1].vae.whitened and not runs[0].vae.whitened
+    assert_close(torch.tensor(after), torch.tensor(before))
+
+
+def test_gradients_of_a_whitened_flow():
+    torch.manual_seed(0)
+    vae = make_vae(replace(CONFIG, flow="hollow-path", whitened=True), 64)
+    anew, same = gradient_variance(vae, images().test, repeats=3)
+    assert anew > 0 and same == 0
+    # With the right mean: that of the usual gradient.
+    usual = make_vae(replace(CONFIG, flow="hollow", whitened=True), 64)
+    usual.load_state_dict(vae.state_dict())
+    x, noise = images().test, torch.randn(200, 20, 4)
+    a, b = (torch.stack([vae_training._flow_gradient(v, x, n) for n in noise]) for v in (vae, usual))
+    error = (a - b).std(0) / len(noise) ** 0.5
+    assert ((a - b).mean(0).abs() < 5 * error + 1e-3 * a.abs().max()).all()
 
 
 def test_settings_reach_the_flow():

@@ -322,6 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, otherwise 64)")
     add("--hidden-dim", type=positive, help="width of the networks (default: 128 for digits, 512; 256 for conv)")
+    add("--whitened", action="store_true", help="location and scale of the encoder come after the flow, not before it")
     add("--batch-size", type=positive, help="images a batch, over all devices (default: 64 for digits, otherwise 32)")
     add("--lr", type=positive_real, help="learning rate of Adamax (default: 1.6e-2 for digits, otherwise 4e-3)")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate (default: cosine)")

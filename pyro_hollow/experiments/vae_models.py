@@ -164,6 +164,8 @@ class VAE(nn.Module):
     :param int hidden_dim: Dimension of what the encoder makes of an image, and so of the flow's context; with "mlp"
         also the width of the two hidden layers of encoder and decoder
     :param flow: the posterior's flow, see :func:`make_flow`; None for a diagonal Gaussian
+    :param bool whitened: the flow transforms a standard Normal, and the encoder's location and scale come after it;
+        else they come before it
     :param str network: "mlp", or "conv", the gated convolutions of van den Berg et al. (2018)
     :param bool path_gradient: train with the path gradient, see
         :class:`~pyro_hollow.infer.PathGradientDistribution`; not for flows with a stochastic trace
@@ -182,6 +184,7 @@ class VAE(nn.Module):
         hidden_dim: int,
         flow: nn.Module | None = None,
         network: str = "mlp",
+        whitened: bool = False,
         path_gradient: bool = False,
     ) -> None:
         super().__init__()
@@ -192,6 +195,7 @@ class VAE(nn.Module):
         self.encoder, self.decoder = make(pixels, latent_dim, hidden_dim)
         self.to_base = nn.Linear(hidden_dim, 2 * latent_dim)
         self.flow = flow
+        self.whitened = whitened
         self.family = PathGradientDistribution if path_gradient else dist.TransformedDistribution
 
     def model(self, x: Tensor, kl_weight: float = 1.0) -> None:
@@ -213,9 +217,12 @@ class VAE(nn.Module):
         """The approximate posterior of the latent variables of images with shape ``(n, pixels)``."""
         hidden = self.encoder(x)
         loc, raw_scale = self.to_base(hidden).chunk(2, dim=-1)
-        base = dist.Normal(loc, nn.functional.softplus(raw_scale) + 1e-5).to_event(1)
+        scale = nn.functional.softplus(raw_scale) + 1e-5
         flows = [] if self.flow is None else [self.flow.condition(hidden)]  # type: ignore[operator]
-        return self.family(base, flows)
+        if self.whitened:
+            standard = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
+            return self.family(standard, [*flows, T.AffineTransform(loc, scale, cache_size=1)])
+        return self.family(dist.Normal(loc, scale).to_event(1), flows)
 
     def logits(self, z: Tensor) -> Tensor:
         """The log-odds of ink, with shape ``(*, pixels)``, for latent variables with shape ``(*, latent_dim)``."""

@@ -30,7 +30,6 @@ from tqdm.auto import tqdm
 
 from pyro_hollow.experiments.data import Images
 from pyro_hollow.experiments.vae_models import PATH_GRADIENT, VAE, exact, make_flow
-from pyro_hollow.infer import PathGradientDistribution
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.transforms import ConditionalCNF
 
@@ -43,6 +42,7 @@ class Config:
     All that decides what a training run results in.
 
     :ivar source: what exactly the images are, in words.
+    :ivar whitened: whether location and scale that the encoder gives come after the flow, not before it.
     :ivar warmup: epochs over which the weight of the KL divergence rises to 1.
     :ivar patience: epochs without a better validation -ELBO, after the warm-up, that end the training; 0 never to.
     :ivar schedule: of the learning rate: "cosine", from ``lr`` to 0, or "constant".
@@ -61,6 +61,7 @@ class Config:
     patience: int
     latent_dim: int
     hidden_dim: int
+    whitened: bool
     batch_size: int
     lr: float
     schedule: str
@@ -78,8 +79,15 @@ def make_vae(config: Config, pixels: int) -> VAE:
     torch.manual_seed(config.seed)
     solver = Solver("dopri5", rtol=config.tolerance, atol=config.tolerance, adjoint=config.adjoint)
     flow = make_flow(config.flow, config.latent_dim, config.hidden_dim, solver)
-    path_gradient = config.flow in PATH_GRADIENT
-    return VAE(pixels, config.latent_dim, config.hidden_dim, flow, config.network, path_gradient)
+    return VAE(
+        pixels,
+        config.latent_dim,
+        config.hidden_dim,
+        flow,
+        config.network,
+        whitened=config.whitened,
+        path_gradient=config.flow in PATH_GRADIENT,
+    )
 
 
 class BatchSampler(Sampler[Tensor]):
@@ -424,14 +432,11 @@ def gradient_variance(vae: VAE, x: Tensor, repeats: int = 50, seed: int = 0) -> 
 
 def _flow_gradient(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
     posterior = vae.posterior(x)
-    base, (transform,) = posterior.base_dist, posterior.transforms
-    z0 = base.mean + base.stddev * noise
-    if isinstance(posterior, PathGradientDistribution):
-        z, _, score = transform.call_and_score(z0, (base.mean - z0) / base.variance)
-        log_q = (score * z).sum(-1)  # but for a constant
-    else:
-        z = transform(z0)
-        log_q = base.log_prob(z0) - transform.log_abs_det_jacobian(z0, z)
+    normal = posterior.base_dist.base_dist
+    normal.rsample = lambda sample_shape=(): normal.loc + normal.scale * noise
+    z = posterior.rsample()
+    log_q = posterior.log_prob(z)
     log_p = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + dist.Bernoulli(logits=vae.logits(z)).log_prob(x).sum(-1)
-    gradients = torch.autograd.grad((log_q - log_p).mean(), [*transform.nn.parameters()], materialize_grads=True)
+    assert vae.flow is not None
+    gradients = torch.autograd.grad((log_q - log_p).mean(), [*vae.flow.parameters()], materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
