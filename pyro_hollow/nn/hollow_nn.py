@@ -116,7 +116,8 @@ class ConditionalHollowNN(nn.Module):
     >>> dx.shape, divergence.shape
     (torch.Size([7, 5]), torch.Size([7]))
 
-    The defaults rest on ``python -m pyro_hollow.experiments.defaults``; its tables are in the README.
+    The defaults rest on ``python -m pyro_hollow.experiments.defaults``; its tables are in
+    ``tutorials/measurements.md``.
 
     Which conditioner? "grouped" is the most expressive and costs :math:`O(d^2)` parameters and operations; "masked"
     shares its layers among the coordinates; "leave-one-out" is linear in d.
