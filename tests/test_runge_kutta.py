@@ -409,6 +409,21 @@ def test_a_smooth_field_takes_one_step(method, speed):
     assert (stats.accepted, stats.rejected, stats.nfe) == (1, 0, 1 + len(TABLEAUS[method].b))
 
 
+@parametrize("ends", INTERVALS)
+@pytest.mark.parametrize("tolerance", (1e-2, 1e-4, 1e-6))
+@each_adaptive
+def test_what_is_left_is_divided_evenly(method, tolerance, ends):
+    # A rotation is equally hard everywhere: once its step is found, all are alike, and the last one is no remainder.
+    turn = torch.tensor([[0.0, 30.0], [-30.0, 0.0]])
+    field = Known(lambda t, y: (y @ turn, y.new_zeros(y.shape[:-1])))
+    stats = integrate(Solver(method, rtol=1e-12, atol=tolerance), field, torch.eye(2), *ends).stats
+    stages = len(TABLEAUS[method].b)
+    sizes = [abs(b - a) for a, b in zip(field.times[::stages], field.times[stages::stages], strict=False)]
+    latest = sizes[-(stats.accepted // 2) :]
+    assert stats.rejected <= 6 and stats.accepted >= 4
+    assert max(latest) < 1.2 * min(latest)
+
+
 @parametrize("times", {"forward": (0.3, 1.5), "backward": (1.5, 0.3)})
 @pytest.mark.parametrize("tolerance", (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7))
 @each_adaptive
