@@ -10,18 +10,28 @@ from pyro.infer import Trace_ELBO
 from torch.testing import assert_close
 
 from pyro_hollow import ConditionalFreeFormCNF, ConditionalHollowCNF, Solver
-from pyro_hollow.experiments.vae_models import FLOWS, NETWORKS, PATH_GRADIENT, TEST_SOLVER, VAE, exact, make_flow
+from pyro_hollow.experiments.vae_models import (
+    FLOWS,
+    NETWORKS,
+    PATH_GRADIENT,
+    TEST_SOLVER,
+    TWOFOLD,
+    VAE,
+    exact,
+    make_flow,
+    make_inner,
+)
 
 QUICK = Solver("dopri5", rtol=1e-3, atol=1e-3)
 STOCHASTIC = ("ffjord", "hollow-stochastic")
-CONTINUOUS = (*STOCHASTIC, "hollow", "hollow-path", "free-form-exact")
+CONTINUOUS = (*STOCHASTIC, "hollow", "hollow-2", "hollow-path", "hollow-2-path", "free-form-exact")
 
 flows = pytest.mark.parametrize("name", FLOWS)
 
 
 def make_vae(name="none", pixels=64, latent_dim=4, hidden_dim=16, network="mlp"):
-    flow = make_flow(name, latent_dim, hidden_dim, QUICK)
-    return VAE(pixels, latent_dim, hidden_dim, flow, network, path_gradient=name in PATH_GRADIENT)
+    flow, inner = (make(name, latent_dim, hidden_dim, QUICK) for make in (make_flow, make_inner))
+    return VAE(pixels, latent_dim, hidden_dim, flow, network, inner, path_gradient=name in PATH_GRADIENT)
 
 
 def strengthen(flow):
@@ -112,33 +122,41 @@ def test_samples_of_the_posterior(name, dtype):
         assert posterior.log_prob(z).shape == (*shape, 3)
 
 
-@pytest.mark.parametrize("whitened", (False, True), ids=("affine first", "affine last"))
-def test_order_of_the_affine_map(whitened):
-    vae = VAE(64, 4, 16, make_flow("hollow", 4, 16, Solver(rtol=1e-9, atol=1e-9)), whitened=whitened)
+def test_two_flows():
+    tight = Solver(rtol=1e-9, atol=1e-9)
+    vae = VAE(64, 4, 16, make_flow("hollow-2", 4, 16, tight), inner=make_inner("hollow-2", 4, 16, tight))
     strengthen(vae.flow)
-    x = binary(3)
+    strengthen(vae.inner)
+    x, noise = binary(3), torch.randn(3, 4)
     hidden = vae.encoder(x)
     loc, raw = vae.to_base(hidden).chunk(2, dim=-1)
     scale = torch.nn.functional.softplus(raw) + 1e-5
-    posterior, noise = vae.posterior(x), torch.randn(3, 4)
-    z = noise if whitened else loc + scale * noise
+    inner, outer = vae.inner.condition(hidden), vae.flow.condition(hidden)
+
+    def through(noise):
+        return outer(loc + scale * inner(noise))
+
+    posterior, z = vae.posterior(x), noise
     for transform in posterior.transforms:
         z = transform(z)
-    flow = vae.flow.condition(hidden)
-    expected = loc + scale * flow(noise) if whitened else flow(loc + scale * noise)
-    assert_close(z, expected)
-    start = noise if whitened else loc + scale * noise
-    jacobian = torch.stack(
-        [torch.autograd.functional.jacobian(lambda s, k=k: flow(s)[k], start)[:, k] for k in range(3)]
-    )
-    log_det = jacobian.det().log() + scale.log().sum(-1)
-    assert_close(posterior.log_prob(z), dist.Normal(0.0, 1.0).log_prob(noise).sum(-1) - log_det, rtol=1e-6, atol=1e-6)
+    assert_close(z, through(noise))
+    jacobian = torch.autograd.functional.jacobian(lambda noise: through(noise).sum(0), noise).permute(1, 0, 2)
+    log_q = dist.Normal(0.0, 1.0).log_prob(noise).sum(-1) - jacobian.det().log()
+    assert_close(posterior.log_prob(z), log_q, rtol=1e-6, atol=1e-6)
+
+
+@flows
+def test_which_have_two(name):
+    inner = make_inner(name, 4, 16, QUICK)
+    assert (inner is not None) == (name in TWOFOLD) == ("-2" in name)
+    assert inner is None or inner is not make_flow(name, 4, 16, QUICK)
 
 
 @flows
 def test_gradients_reach_encoder_and_flow(name):
     vae = make_vae(name)
     strengthen(vae.flow)
+    strengthen(vae.inner)
     (-vae.log_weights(binary(5), 1).mean()).backward()
     for key, parameter in vae.named_parameters():
         gradient = parameter.grad
@@ -256,13 +274,17 @@ def test_log_weights_by_hand(name, num_samples):
     loc, raw_scale = vae.to_base(hidden).chunk(2, dim=-1)
     scale = torch.log1p(raw_scale.exp()) + 1e-5
     shape = (num_samples, 7, 4)
-    z0 = loc + scale * torch.normal(torch.zeros(shape), torch.ones(shape))
-    z, ladj = z0, 0.0
+    noise, ladj = torch.normal(torch.zeros(shape), torch.ones(shape)), scale.log().sum(-1)
+    bent = noise
+    if vae.inner is not None:
+        inner = vae.inner.condition(hidden)
+        ladj, bent = ladj + inner.log_abs_det_jacobian(noise, None), inner(noise)
+    z = z0 = loc + scale * bent
     if vae.flow is not None:
         transform = vae.flow.condition(hidden)
         z = transform(z0)  # with the probe, if any
-        ladj = transform.log_abs_det_jacobian(z0, z)
-    log_q = normal_log_density(z0, loc, scale) - ladj
+        ladj = ladj + transform.log_abs_det_jacobian(z0, z)
+    log_q = normal_log_density(noise, torch.zeros(()), torch.ones(())) - ladj
     p = vae.decode(z)
     log_p = normal_log_density(z, torch.zeros(()), torch.ones(())) + torch.where(x == 1, p, 1 - p).log().sum(-1)
     assert_close(log_w, log_p - log_q)
@@ -307,7 +329,7 @@ def test_weights_average_to_the_likelihood(name):
     # Whatever the posterior. It is made wider than the prior, so that the weights have a variance; much wider before
     # the planar layers, each of which contracts.
     vae, num_samples = constant_decoder(name), 1000
-    vae.flow = exact(vae.flow)
+    vae.inner, vae.flow = exact(vae.inner), exact(vae.flow)
     with torch.no_grad():
         vae.to_base.bias[4:] = 5.0 if name == "planar" else 2.0
         weights = (vae.log_weights(binary(3), num_samples) + 64 * math.log(2)).exp()

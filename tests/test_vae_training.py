@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from pyro_hollow.experiments import vae_training
 from pyro_hollow.experiments.data import Images
-from pyro_hollow.experiments.vae_models import VAE, make_flow
+from pyro_hollow.experiments.vae_models import VAE, make_flow, make_inner
 from pyro_hollow.experiments.vae_training import (
     BatchSampler,
     Config,
@@ -40,7 +40,6 @@ CONFIG = Config(
     patience=0,
     latent_dim=4,
     hidden_dim=16,
-    whitened=False,
     batch_size=16,
     lr=1e-2,
     schedule="cosine",
@@ -133,28 +132,6 @@ def test_model_is_drawn_by_the_seed():
     first, second, third = (make_vae(replace(CONFIG, seed=seed), 64).state_dict() for seed in (0, 0, 1))
     assert_same_state(first, second)
     assert not torch.equal(first["to_base.weight"], third["to_base.weight"])
-
-
-def test_whitened_gaussians_are_the_same(tmp_path):
-    # Without a flow there is nothing between the standard Normal and its location and scale.
-    runs = [fit(replace(CONFIG, whitened=w), images(), tmp_path / str(w), **QUIET) for w in (False, True)]
-    before, after = ([[row["loss"], row["validation"]] for row in run.history] for run in runs)
-    assert runs[1].vae.whitened and not runs[0].vae.whitened
-    assert_close(torch.tensor(after), torch.tensor(before))
-
-
-def test_gradients_of_a_whitened_flow():
-    torch.manual_seed(0)
-    vae = make_vae(replace(CONFIG, flow="hollow-path", whitened=True), 64)
-    anew, same = gradient_variance(vae, images().test, repeats=3)
-    assert anew > 0 and same == 0
-    # With the right mean: that of the usual gradient.
-    usual = make_vae(replace(CONFIG, flow="hollow", whitened=True), 64)
-    usual.load_state_dict(vae.state_dict())
-    x, noise = images().test, torch.randn(200, 20, 4)
-    a, b = (torch.stack([vae_training._flow_gradient(v, x, n) for n in noise]) for v in (vae, usual))
-    error = (a - b).std(0) / len(noise) ** 0.5
-    assert ((a - b).mean(0).abs() < 5 * error + 1e-3 * a.abs().max()).all()
 
 
 def test_settings_reach_the_flow():
@@ -502,7 +479,8 @@ def test_two_processes_train_as_one(name, distributed):
 def small_vae(flow="none"):
     """Its likelihood is an integral over one dimension."""
     torch.manual_seed(2)
-    vae = VAE(6, 1, 8, make_flow(flow, 1, 8, Solver("dopri5", rtol=1e-3, atol=1e-3)))
+    solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
+    vae = VAE(6, 1, 8, make_flow(flow, 1, 8, solver), inner=make_inner(flow, 1, 8, solver))
     with torch.no_grad():
         for parameter in (*vae.decoder.parameters(), *vae.to_base.parameters()):
             parameter.mul_(2.0)
@@ -520,7 +498,7 @@ def log_joint(vae):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flow", ("none", "sylvester", "hollow", "ffjord"))
+@pytest.mark.parametrize("flow", ("none", "sylvester", "hollow", "hollow-2", "ffjord"))
 def test_estimate_of_a_known_likelihood(flow):
     vae = small_vae(flow)
     step = GRID[1] - GRID[0]
@@ -531,7 +509,7 @@ def test_estimate_of_a_known_likelihood(flow):
     assert abs(result.nll - expected) < 4 * result.nll_error
     assert result.elbo > expected - 3 * result.elbo_error
     assert (result.nll_images, result.num_samples) == (20, 500)
-    assert (result.nfe > 0) == (flow in ("hollow", "ffjord"))
+    assert (result.nfe > 0) == (flow in ("hollow", "hollow-2", "ffjord"))
 
 
 @torch.no_grad()
@@ -608,12 +586,12 @@ def test_no_likelihood():
     assert math.isfinite(result.elbo)
 
 
-@pytest.mark.parametrize("flow", ("none", "hollow-stochastic", "ffjord"))
+@pytest.mark.parametrize("flow", ("none", "hollow-stochastic", "hollow-2", "ffjord"))
 def test_estimate_leaves_no_trace(flow):
     vae = small_vae(flow)
-    before, kept = vae.flow, torch.get_rng_state()
+    before, kept = (vae.inner, vae.flow), torch.get_rng_state()
     first = estimate(vae, X.expand(5, 6), num_samples=7)
-    assert vae.flow is before
+    assert (vae.inner, vae.flow) == before
     assert torch.equal(torch.get_rng_state(), kept)
     torch.manual_seed(99)
     assert estimate(vae, X.expand(5, 6), num_samples=7) == first
@@ -645,11 +623,13 @@ def noisy_vae(flow):
     return vae, images().validation[:10]
 
 
-@pytest.mark.parametrize("flow", ("hollow", "hollow-path", "free-form-exact", "hollow-stochastic", "ffjord"))
+@pytest.mark.parametrize(
+    "flow", ("hollow", "hollow-path", "hollow-2-path", "free-form-exact", "hollow-stochastic", "ffjord")
+)
 def test_an_exact_trace_adds_no_variance(flow):
     anew, same = gradient_variance(*noisy_vae(flow), repeats=5)
     assert anew > 0
-    if flow in ("hollow", "hollow-path", "free-form-exact"):
+    if flow in ("hollow", "hollow-path", "hollow-2-path", "free-form-exact"):
         assert same == 0
     else:
         assert same > 1e-6

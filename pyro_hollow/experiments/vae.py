@@ -47,7 +47,7 @@ from pyro_hollow.ode import SolverError
 COLOURS = dict(
     zip(
         [name for name in FLOWS if name not in PATH_GRADIENT],
-        ("#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00", "#009E73", "#0072B2", "#F0E442"),
+        ("#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00", "#009E73", "#882255", "#0072B2", "#F0E442"),
         strict=True,
     )
 )
@@ -322,7 +322,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, otherwise 64)")
     add("--hidden-dim", type=positive, help="width of the networks (default: 128 for digits, 512; 256 for conv)")
-    add("--whitened", action="store_true", help="location and scale of the encoder come after the flow, not before it")
     add("--batch-size", type=positive, help="images a batch, over all devices (default: 64 for digits, otherwise 32)")
     add("--lr", type=positive_real, help="learning rate of Adamax (default: 1.6e-2 for digits, otherwise 4e-3)")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate (default: cosine)")

@@ -29,7 +29,18 @@ from pyro_hollow.transforms import (
     conditional_sylvester,
 )
 
-__all__ = ["CONTINUOUS", "FLOWS", "NETWORKS", "PATH_GRADIENT", "TEST_SOLVER", "VAE", "exact", "make_flow"]
+__all__ = [
+    "CONTINUOUS",
+    "FLOWS",
+    "NETWORKS",
+    "PATH_GRADIENT",
+    "TEST_SOLVER",
+    "TWOFOLD",
+    "VAE",
+    "exact",
+    "make_flow",
+    "make_inner",
+]
 
 NETWORKS = ("mlp", "conv")
 
@@ -79,14 +90,17 @@ FLOWS: dict[str, Callable[..., nn.Module | None]] = {
     "householder": _compose(4, conditional_sylvester, kind="householder"),
     "ffjord": _free_form("hutchinson"),
     "hollow": _hollow,
+    "hollow-2": _hollow,
     "hollow-stochastic": _hollow_stochastic,
     "free-form-exact": _free_form("exact"),
 }
 #: Some of them once more, to be trained with the path gradient.
-PATH_GRADIENT = tuple(f"{name}-path" for name in ("none", "sylvester", "hollow"))
+PATH_GRADIENT = tuple(f"{name}-path" for name in ("none", "sylvester", "hollow", "hollow-2"))
 FLOWS |= {name: FLOWS[name.removesuffix("-path")] for name in PATH_GRADIENT}
+#: Those that have a second flow of the same kind, before the encoder's location and scale are applied.
+TWOFOLD = ("hollow-2", "hollow-2-path")
 #: Those that solve differential equations.
-CONTINUOUS = ("ffjord", "hollow", "hollow-path", "hollow-stochastic", "free-form-exact")
+CONTINUOUS = ("ffjord", "hollow", "hollow-2", "hollow-path", "hollow-2-path", "hollow-stochastic", "free-form-exact")
 
 
 def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> nn.Module | None:
@@ -96,8 +110,9 @@ def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> n
     "none" is a diagonal Gaussian; "planar", 16 layers; "iaf", 4 affine autoregressive layers of 320 hidden units;
     "sylvester" and "householder", 4 layers with orthogonal columns and with Householder reflections; "ffjord", a
     free-form network that the context changes by low rank, its trace by one Gaussian probe; "hollow", a Hollow-CNF;
-    "hollow-stochastic", the same network with a stochastic trace; "free-form-exact", the network of ffjord with the
-    exact one; "hollow-path" and others in "-path", what is to be trained with the path gradient.
+    "hollow-2", the second of two, see :func:`make_inner`; "hollow-stochastic", the network of "hollow" with a
+    stochastic trace; "free-form-exact", the network of ffjord with the exact one; and those in "-path", what is to be
+    trained with the path gradient.
 
     :param str name: one of ``FLOWS``.
     :param int latent_dim: Dimension of the latent variable
@@ -108,6 +123,21 @@ def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> n
     if name not in FLOWS:
         raise ValueError(f"flow must be one of {tuple(FLOWS)}, but got {name!r}")
     return FLOWS[name](latent_dim, context_dim, solver)
+
+
+def make_inner(name: str, latent_dim: int, context_dim: int, solver: Solver) -> nn.Module | None:
+    """
+    The flow of a posterior before the encoder's location and scale are applied; None for most.
+
+    In front, the latents are of one scale, whatever the image, and a flow takes few evaluations; behind, it can learn
+    what images have in common.
+
+    :param str name: one of ``FLOWS``.
+    :param int latent_dim: Dimension of the latent variable
+    :param int context_dim: Dimension of the context
+    :param Solver solver: how it integrates
+    """
+    return _hollow(latent_dim, context_dim, solver) if name in TWOFOLD else None
 
 
 def exact(flow: nn.Module | None) -> nn.Module | None:
@@ -164,8 +194,8 @@ class VAE(nn.Module):
     :param int hidden_dim: Dimension of what the encoder makes of an image, and so of the flow's context; with "mlp"
         also the width of the two hidden layers of encoder and decoder
     :param flow: the posterior's flow, see :func:`make_flow`; None for a diagonal Gaussian
-    :param bool whitened: the flow transforms a standard Normal, and the encoder's location and scale come after it;
-        else they come before it
+    :param inner: a flow of the standard Normal, before the encoder's location and scale are applied, see
+        :func:`make_inner`; None for none
     :param str network: "mlp", or "conv", the gated convolutions of van den Berg et al. (2018)
     :param bool path_gradient: train with the path gradient, see
         :class:`~pyro_hollow.infer.PathGradientDistribution`; not for flows with a stochastic trace
@@ -184,7 +214,7 @@ class VAE(nn.Module):
         hidden_dim: int,
         flow: nn.Module | None = None,
         network: str = "mlp",
-        whitened: bool = False,
+        inner: nn.Module | None = None,
         path_gradient: bool = False,
     ) -> None:
         super().__init__()
@@ -195,7 +225,7 @@ class VAE(nn.Module):
         self.encoder, self.decoder = make(pixels, latent_dim, hidden_dim)
         self.to_base = nn.Linear(hidden_dim, 2 * latent_dim)
         self.flow = flow
-        self.whitened = whitened
+        self.inner = inner
         self.family = PathGradientDistribution if path_gradient else dist.TransformedDistribution
 
     def model(self, x: Tensor, kl_weight: float = 1.0) -> None:
@@ -219,10 +249,11 @@ class VAE(nn.Module):
         loc, raw_scale = self.to_base(hidden).chunk(2, dim=-1)
         scale = nn.functional.softplus(raw_scale) + 1e-5
         flows = [] if self.flow is None else [self.flow.condition(hidden)]  # type: ignore[operator]
-        if self.whitened:
-            standard = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
-            return self.family(standard, [*flows, T.AffineTransform(loc, scale, cache_size=1)])
-        return self.family(dist.Normal(loc, scale).to_event(1), flows)
+        if self.inner is None:
+            return self.family(dist.Normal(loc, scale).to_event(1), flows)
+        standard = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
+        inner = [self.inner.condition(hidden), T.AffineTransform(loc, scale, cache_size=1)]  # type: ignore[operator]
+        return self.family(standard, [*inner, *flows])
 
     def logits(self, z: Tensor) -> Tensor:
         """The log-odds of ink, with shape ``(*, pixels)``, for latent variables with shape ``(*, latent_dim)``."""

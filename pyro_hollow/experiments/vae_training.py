@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from tqdm.auto import tqdm
 
 from pyro_hollow.experiments.data import Images
-from pyro_hollow.experiments.vae_models import PATH_GRADIENT, VAE, exact, make_flow
+from pyro_hollow.experiments.vae_models import PATH_GRADIENT, VAE, exact, make_flow, make_inner
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.transforms import ConditionalCNF
 
@@ -42,7 +42,6 @@ class Config:
     All that decides what a training run results in.
 
     :ivar source: what exactly the images are, in words.
-    :ivar whitened: whether location and scale that the encoder gives come after the flow, not before it.
     :ivar warmup: epochs over which the weight of the KL divergence rises to 1.
     :ivar patience: epochs without a better validation -ELBO, after the warm-up, that end the training; 0 never to.
     :ivar schedule: of the learning rate: "cosine", from ``lr`` to 0, or "constant".
@@ -61,7 +60,6 @@ class Config:
     patience: int
     latent_dim: int
     hidden_dim: int
-    whitened: bool
     batch_size: int
     lr: float
     schedule: str
@@ -78,14 +76,14 @@ def make_vae(config: Config, pixels: int) -> VAE:
     """
     torch.manual_seed(config.seed)
     solver = Solver("dopri5", rtol=config.tolerance, atol=config.tolerance, adjoint=config.adjoint)
-    flow = make_flow(config.flow, config.latent_dim, config.hidden_dim, solver)
+    flow, inner = (make(config.flow, config.latent_dim, config.hidden_dim, solver) for make in (make_flow, make_inner))
     return VAE(
         pixels,
         config.latent_dim,
         config.hidden_dim,
         flow,
         config.network,
-        whitened=config.whitened,
+        inner=inner,
         path_gradient=config.flow in PATH_GRADIENT,
     )
 
@@ -150,7 +148,7 @@ class Task(L.LightningModule):
         self.history: list[dict[str, float]] = []
         self._total = torch.zeros(())
         self._seconds = 0.0
-        self._solves: list[SolverStats] = []
+        self._solves: list[list[SolverStats]] = []
 
     def configure_optimizers(self) -> Any:
         """Adamax, and a schedule that is stepped with each batch."""
@@ -204,8 +202,7 @@ class Task(L.LightningModule):
         size = min(self.config.batch_size, len(self.images.train) - batch_idx * self.config.batch_size)
         loss = self.elbo(x, self.kl_weight) * self.trainer.world_size / size
         self._total += loss.detach()
-        if (solve := _last_solve(self.vae)) is not None:
-            self._solves.append(solve)  # whose backward evaluations are yet to come
+        self._solves.append(_last_solves(self.vae))  # whose backward evaluations are yet to come
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -234,8 +231,8 @@ class Task(L.LightningModule):
             "validation": float(self.trainer.callback_metrics["validation"]),
             "kl_weight": self.kl_weight,
             "seconds": before + self._seconds,
-            "nfe": _mean([solve.nfe for solve in self._solves]),
-            "nfe_backward": _mean([solve.nfe_backward for solve in self._solves]),
+            "nfe": _mean([sum(solve.nfe for solve in solves) for solves in self._solves]),
+            "nfe_backward": _mean([sum(solve.nfe_backward for solve in solves) for solves in self._solves]),
         }
         self.history.append(row)
         self.log_dict({name: row[name] for name in ("loss", "kl_weight", "seconds", "nfe", "nfe_backward")})
@@ -259,8 +256,10 @@ def _mean(values: list[int]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _last_solve(vae: VAE) -> SolverStats | None:
-    return vae.flow.last_solve if isinstance(vae.flow, ConditionalCNF) else None
+def _last_solves(vae: VAE) -> list[SolverStats]:
+    """Of the flows that solve differential equations."""
+    flows = [flow for flow in (vae.inner, vae.flow) if isinstance(flow, ConditionalCNF)]
+    return [flow.last_solve for flow in flows if flow.last_solve is not None]
 
 
 class _Patience(EarlyStopping):
@@ -369,13 +368,13 @@ def estimate(
     :param int chunk: samples that are in memory at a time.
     :param int seed: for the samples, and the choice of images.
     """
-    flow, vae.flow = vae.flow, exact(vae.flow)
+    flows = vae.inner, vae.flow
+    vae.inner, vae.flow = map(exact, flows)
     solves: list[int] = []
 
     def log_weights(x: Tensor, count: int) -> Tensor:
         log_w = vae.log_weights(x, count)
-        if (solve := _last_solve(vae)) is not None:
-            solves.append(solve.nfe)
+        solves.append(sum(solve.nfe for solve in _last_solves(vae)))
         return log_w
 
     try:
@@ -390,7 +389,7 @@ def estimate(
                 log_w = torch.cat([log_weights(x, count) for count in counts])
                 likelihood.append(log_w.logsumexp(0) - math.log(num_samples))
     finally:
-        vae.flow = flow
+        vae.inner, vae.flow = flows
     return Estimate(
         *_mean_and_error(-elbo),
         *_mean_and_error(-torch.cat(likelihood) if likelihood else elbo[:0]),
@@ -437,6 +436,6 @@ def _flow_gradient(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
     z = posterior.rsample()
     log_q = posterior.log_prob(z)
     log_p = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + dist.Bernoulli(logits=vae.logits(z)).log_prob(x).sum(-1)
-    assert vae.flow is not None
-    gradients = torch.autograd.grad((log_q - log_p).mean(), [*vae.flow.parameters()], materialize_grads=True)
+    parameters = [parameter for flow in (vae.inner, vae.flow) if flow is not None for parameter in flow.parameters()]
+    gradients = torch.autograd.grad((log_q - log_p).mean(), parameters, materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
