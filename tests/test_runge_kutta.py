@@ -418,6 +418,7 @@ def test_what_is_left_is_divided_evenly(method, tolerance, ends):
     field = Known(lambda t, y: (y @ turn, y.new_zeros(y.shape[:-1])))
     stats = integrate(Solver(method, rtol=1e-12, atol=tolerance), field, torch.eye(2), *ends).stats
     stages = len(TABLEAUS[method].b)
+    # Of all attempts; those at the end are accepted. (The last of all times has no attempt after it.)
     sizes = [abs(b - a) for a, b in zip(field.times[::stages], field.times[stages::stages], strict=False)]
     latest = sizes[-(stats.accepted // 2) :]
     assert stats.rejected <= 6 and stats.accepted >= 4

@@ -38,7 +38,7 @@ SETTINGS = {
     "num-samples": 3,
 }
 FIGURES = ("reconstructions.png", "samples.png")
-CONTINUOUS = ("ffjord", "hollow", "hollow-path", "hollow-stochastic", "free-form-exact")
+CONTINUOUS = ("ffjord", "hollow", "hollow-2", "hollow-path", "hollow-2-path", "hollow-stochastic", "free-form-exact")
 
 flows = pytest.mark.parametrize("flow", FLOWS)
 
@@ -133,7 +133,7 @@ def test_evaluations_of_training_and_test(flow, trained):
     result = trained.results[flow]
     evaluations = [row["nfe"] for row in result.history] + [result.estimate.nfe]
     if flow in CONTINUOUS:
-        assert all(nfe >= 6 for nfe in evaluations)
+        assert all(nfe >= (12 if "-2" in flow else 6) for nfe in evaluations)
     else:
         assert evaluations == [0] * 4
 
@@ -401,6 +401,11 @@ def test_table_of_gradients(trained, capsys, no_training, monkeypatch):
     exact, stochastic = numbers["hollow"], numbers["hollow-stochastic"]
     assert exact[1] == exact[3] == 0 and exact[0] > 0 and exact[2] > 0
     assert all(value > 0 for value in stochastic)
+
+
+def test_gradients_of_other_settings_are_refused(trained, capsys):
+    message = refused(capsys, command(trained.folder.parent, "hollow", name="gradients", tolerance=0.1))
+    assert "hollow-0 holds a run with other settings (tolerance)" in message
 
 
 def test_gradients_of_what_is_not_trained(tmp_path, capsys):

@@ -31,7 +31,7 @@ flows = pytest.mark.parametrize("name", FLOWS)
 
 def make_vae(name="none", pixels=64, latent_dim=4, hidden_dim=16, network="mlp"):
     flow, inner = (make(name, latent_dim, hidden_dim, QUICK) for make in (make_flow, make_inner))
-    return VAE(pixels, latent_dim, hidden_dim, flow, network, inner, path_gradient=name in PATH_GRADIENT)
+    return VAE(pixels, latent_dim, hidden_dim, flow, network, name in PATH_GRADIENT, inner)
 
 
 def strengthen(flow):

@@ -119,14 +119,19 @@ def _prepare(config: Config, folder: Path, force: bool) -> bool:
             (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write(kept, json.dumps(asdict(config), indent=1))
-    settings = json.loads(kept.read_text())
+    _check(config, folder)
+    return (folder / "training.json").exists()
+
+
+def _check(config: Config, folder: Path) -> None:
+    """That the run in a folder has these settings."""
+    settings = json.loads((folder / "config.json").read_text())
     if settings != asdict(config):
         names = [name for name, value in asdict(config).items() if settings.get(name) != value]
         raise DataError(
             f"{folder} holds a run with other settings ({', '.join(names)}): choose another --output, or lose it by "
             "--force"
         )
-    return (folder / "training.json").exists()
 
 
 def load(config: Config, output: Path, images: Images) -> VAE:
@@ -136,9 +141,12 @@ def load(config: Config, output: Path, images: Images) -> VAE:
     :param Config config: the settings.
     :param ~pathlib.Path output: the folder of all runs.
     :param Images images: the data.
+    :raises DataError: if the run has other settings.
     """
+    folder = _folder(output, config)
+    _check(config, folder)
     vae = make_vae(config, images.train.shape[1])
-    state = torch.load(_folder(output, config) / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    state = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     vae.load_state_dict({name.removeprefix("vae."): value for name, value in state.items() if name.startswith("vae.")})
     return vae
 

@@ -60,7 +60,10 @@ def _hollow(d: int, context_dim: int, solver: Solver) -> ConditionalHollowCNF:
 
 
 def _like_tape(solver: Solver) -> Solver:
-    """Begins with the whole interval, as a hollow field's own solver does: so evaluations can be compared."""
+    """
+    Begins with the whole interval, as a hollow field's own solver does, so that evaluations can be compared; but later
+    steps are chosen by torchdiffeq, which rejects more of them.
+    """
     return replace(solver, options={"first_step": 1.0})
 
 
@@ -194,11 +197,11 @@ class VAE(nn.Module):
     :param int hidden_dim: Dimension of what the encoder makes of an image, and so of the flow's context; with "mlp"
         also the width of the two hidden layers of encoder and decoder
     :param flow: the posterior's flow, see :func:`make_flow`; None for a diagonal Gaussian
-    :param inner: a flow of the standard Normal, before the encoder's location and scale are applied, see
-        :func:`make_inner`; None for none
     :param str network: "mlp", or "conv", the gated convolutions of van den Berg et al. (2018)
     :param bool path_gradient: train with the path gradient, see
         :class:`~pyro_hollow.infer.PathGradientDistribution`; not for flows with a stochastic trace
+    :param inner: a flow of the standard Normal, before the encoder's location and scale are applied, see
+        :func:`make_inner`; None for none
     :raises ValueError: for another network, and for "conv" with images of another size than 28 x 28.
 
     References:
@@ -214,8 +217,8 @@ class VAE(nn.Module):
         hidden_dim: int,
         flow: nn.Module | None = None,
         network: str = "mlp",
-        inner: nn.Module | None = None,
         path_gradient: bool = False,
+        inner: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if network not in NETWORKS:
@@ -252,7 +255,9 @@ class VAE(nn.Module):
         if self.inner is None:
             return self.family(dist.Normal(loc, scale).to_event(1), flows)
         standard = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
-        inner = [self.inner.condition(hidden), T.AffineTransform(loc, scale, cache_size=1)]  # type: ignore[operator]
+        # Without its cache log_prob would have to invert the inner flow.
+        affine = T.AffineTransform(loc, scale, cache_size=1)
+        inner = [self.inner.condition(hidden), affine]  # type: ignore[operator]
         return self.family(standard, [*inner, *flows])
 
     def logits(self, z: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Config:
     """
     All that decides what a training run results in.
 
-    :ivar source: what exactly the images are, in words.
+    :ivar source: what exactly the images are, in words, lest runs on a stand-in be mixed with those on the original.
     :ivar warmup: epochs over which the weight of the KL divergence rises to 1.
     :ivar patience: epochs without a better validation -ELBO, after the warm-up, that end the training; 0 never to.
     :ivar schedule: of the learning rate: "cosine", from ``lr`` to 0, or "constant".
@@ -83,8 +83,8 @@ def make_vae(config: Config, pixels: int) -> VAE:
         config.hidden_dim,
         flow,
         config.network,
-        inner=inner,
-        path_gradient=config.flow in PATH_GRADIENT,
+        config.flow in PATH_GRADIENT,
+        inner,
     )
 
 
@@ -432,6 +432,7 @@ def gradient_variance(vae: VAE, x: Tensor, repeats: int = 50, seed: int = 0) -> 
 def _flow_gradient(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
     posterior = vae.posterior(x)
     normal = posterior.base_dist.base_dist
+    # The sample of the base is given; the probe of a stochastic trace is not.
     normal.rsample = lambda sample_shape=(): normal.loc + normal.scale * noise
     z = posterior.rsample()
     log_q = posterior.log_prob(z)

@@ -92,8 +92,8 @@ class Solver:
     A field that has a tape, as a Hollow-CNF with a grouped or masked conditioner has for "dopri5", "bosh3" and the
     first five methods of fixed step, is solved without torchdiffeq and differentiated by hand: to the same tolerances
     and with the gradients as exact, in fewer operations. An adaptive solve of that kind first tries the whole interval
-    in one step. (With other options than "step_size", under autocast and when traced or transformed, torchdiffeq
-    solves.)
+    in one step; later steps divide what is left of it evenly. (With other options than "step_size", under autocast and
+    when traced or transformed, torchdiffeq solves.)
 
     :param str method: a name in :data:`METHODS`.
     :param float rtol: relative tolerance of adaptive methods.
