@@ -94,11 +94,12 @@ FLOWS: dict[str, Callable[..., nn.Module | None]] = {
     "ffjord": _free_form("hutchinson"),
     "hollow": _hollow,
     "hollow-2": _hollow,
+    "sylvester-8": _compose(8, conditional_sylvester, kind="orthogonal"),
     "hollow-stochastic": _hollow_stochastic,
     "free-form-exact": _free_form("exact"),
 }
 #: Some of them once more, to be trained with the path gradient.
-PATH_GRADIENT = tuple(f"{name}-path" for name in ("none", "sylvester", "hollow", "hollow-2"))
+PATH_GRADIENT = tuple(f"{name}-path" for name in ("none", "sylvester", "sylvester-8", "hollow", "hollow-2"))
 FLOWS |= {name: FLOWS[name.removesuffix("-path")] for name in PATH_GRADIENT}
 #: Those that have a second flow of the same kind, before the encoder's location and scale are applied.
 TWOFOLD = ("hollow-2", "hollow-2-path")
@@ -113,9 +114,9 @@ def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> n
     "none" is a diagonal Gaussian; "planar", 16 layers; "iaf", 4 affine autoregressive layers of 320 hidden units;
     "sylvester" and "householder", 4 layers with orthogonal columns and with Householder reflections; "ffjord", a
     free-form network that the context changes by low rank, its trace by one Gaussian probe; "hollow", a Hollow-CNF;
-    "hollow-2", the second of two, see :func:`make_inner`; "hollow-stochastic", the network of "hollow" with a
-    stochastic trace; "free-form-exact", the network of ffjord with the exact one; and those in "-path", what is to be
-    trained with the path gradient.
+    "hollow-2", the second of two, see :func:`make_inner`; "sylvester-8", 8 layers of "sylvester"; "hollow-stochastic",
+    the network of "hollow" with a stochastic trace; "free-form-exact", the network of ffjord with the exact one; and
+    those in "-path", what is to be trained with the path gradient.
 
     :param str name: one of ``FLOWS``.
     :param int latent_dim: Dimension of the latent variable
