@@ -26,6 +26,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-import pyro_hollow
 from pyro_hollow.experiments.arguments import not_negative, positive, positive_real
 from pyro_hollow.experiments.data import BINARIZATIONS, DATASETS, DataError, Images, load_images
 from pyro_hollow.experiments.figures import pyplot
@@ -101,7 +101,7 @@ def train(configs: Sequence[Config], images: Images, output: Path, force: bool, 
             continue
         if task.global_rank == 0:
             parameters = sum(p.numel() for p in task.vae.parameters())
-            software = {"pyro_hollow": pyro_hollow.__version__, "torch": torch.__version__}
+            software = {name: version(name) for name in ("pyro_hollow", "torch")}
             content = {**asdict(Result(config, parameters, task.history)), "software": software}
             write(folder / "training.json", json.dumps(content, indent=1))
     return failures
