@@ -11,9 +11,9 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor, nn
-from torch.distributions import Transform
+
+from pyro_hollow.transforms.bijection import Bijection
 
 from .path_gradient import PathGradientDistribution
 
@@ -28,24 +28,7 @@ _MAX_RESTRAINED = 0.2
 _RECESSION = 0.1
 
 
-class _Bijection(Transform):
-    """Keeps its latest pair, so that scoring a sample inverts nothing; but not one that has lost its gradients."""
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-    sign = +1
-
-    def __init__(self) -> None:
-        super().__init__(cache_size=1)
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not y.requires_grad:
-            return self._inverse(y)
-        return super()._inv_call(y)
-
-
-class Affine(_Bijection):
+class Affine(Bijection):
     r""":math:`y = \mu + \mathrm{diag}(\sigma) (I + U) x` with a strictly lower triangular U, or without."""
 
     def __init__(self, loc: Tensor, log_scale: Tensor, lower: Tensor | None) -> None:
@@ -83,7 +66,7 @@ class Affine(_Bijection):
         return torch.linalg.solve_triangular(matrix, rows.unsqueeze(-1), upper=upper, unitriangular=True).squeeze(-1)
 
 
-class Tails(_Bijection):
+class Tails(Bijection):
     r"""
     Heavier tails, coordinate by coordinate and side by side,
 
