@@ -21,16 +21,19 @@ from .hollow_cnf import (
     conditional_hollow_cnf,
     hollow_cnf,
 )
+from .low_rank import ConditionalLowRank, ConditionedLowRank, conditional_low_rank
 from .sylvester import ConditionalSylvester, ConditionedSylvester, conditional_sylvester
 
 __all__ = [
     "ConditionalCNF",
     "ConditionalFreeFormCNF",
     "ConditionalHollowCNF",
+    "ConditionalLowRank",
     "ConditionalSylvester",
     "ConditionedCNF",
     "ConditionedFreeFormCNF",
     "ConditionedHollowCNF",
+    "ConditionedLowRank",
     "ConditionedSylvester",
     "FreeFormCNF",
     "FreeFormNN",
@@ -39,6 +42,7 @@ __all__ = [
     "Regularization",
     "conditional_free_form_cnf",
     "conditional_hollow_cnf",
+    "conditional_low_rank",
     "conditional_sylvester",
     "free_form_cnf",
     "hollow_cnf",
