@@ -39,7 +39,8 @@ SETTINGS = {
     "num-samples": 3,
 }
 FIGURES = ("reconstructions.png", "samples.png")
-CONTINUOUS = ("ffjord", "hollow", "hollow-2", "hollow-path", "hollow-2-path", "hollow-stochastic", "free-form-exact")
+HOLLOW = ("hollow", "hollow-stochastic", "hollow-low-rank", "hollow-low-rank-2")
+CONTINUOUS = ("ffjord", "free-form-exact", *HOLLOW, *(f"{name}-path" for name in HOLLOW))
 
 flows = pytest.mark.parametrize("flow", FLOWS)
 

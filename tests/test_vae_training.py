@@ -478,7 +478,7 @@ def test_two_processes_train_as_one(name, distributed):
 
 def small_vae(flow="none"):
     """Its likelihood is an integral over one dimension."""
-    torch.manual_seed(2)
+    torch.manual_seed(3)
     solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
     vae = VAE(6, 1, 8, make_flow(flow, 1, 8, solver), inner=make_inner(flow, 1, 8, solver))
     with torch.no_grad():
@@ -498,7 +498,7 @@ def log_joint(vae):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flow", ("none", "sylvester", "hollow", "hollow-2", "ffjord"))
+@pytest.mark.parametrize("flow", ("none", "sylvester", "hollow", "hollow-low-rank-2", "ffjord"))
 def test_estimate_of_a_known_likelihood(flow):
     vae = small_vae(flow)
     step = GRID[1] - GRID[0]
@@ -509,7 +509,7 @@ def test_estimate_of_a_known_likelihood(flow):
     assert abs(result.nll - expected) < 4 * result.nll_error
     assert result.elbo > expected - 3 * result.elbo_error
     assert (result.nll_images, result.num_samples) == (20, 500)
-    assert (result.nfe > 0) == (flow in ("hollow", "hollow-2", "ffjord"))
+    assert (result.nfe > 0) == (flow in ("hollow", "hollow-low-rank-2", "ffjord"))
 
 
 @torch.no_grad()
@@ -586,7 +586,7 @@ def test_no_likelihood():
     assert math.isfinite(result.elbo)
 
 
-@pytest.mark.parametrize("flow", ("none", "hollow-stochastic", "hollow-2", "ffjord"))
+@pytest.mark.parametrize("flow", ("none", "hollow-stochastic", "hollow-low-rank-2", "ffjord"))
 def test_estimate_leaves_no_trace(flow):
     vae = small_vae(flow)
     before, kept = (vae.inner, vae.flow), torch.get_rng_state()
@@ -624,12 +624,12 @@ def noisy_vae(flow):
 
 
 @pytest.mark.parametrize(
-    "flow", ("hollow", "hollow-path", "hollow-2-path", "free-form-exact", "hollow-stochastic", "ffjord")
+    "flow", ("hollow", "hollow-path", "hollow-low-rank-2-path", "free-form-exact", "hollow-stochastic", "ffjord")
 )
 def test_an_exact_trace_adds_no_variance(flow):
     anew, same = gradient_variance(*noisy_vae(flow), repeats=5)
     assert anew > 0
-    if flow in ("hollow", "hollow-path", "hollow-2-path", "free-form-exact"):
+    if flow in ("hollow", "hollow-path", "hollow-low-rank-2-path", "free-form-exact"):
         assert same == 0
     else:
         assert same > 1e-6

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,16 +26,17 @@ from pyro_hollow.transforms import (
     ConditionalHollowCNF,
     conditional_free_form_cnf,
     conditional_hollow_cnf,
+    conditional_low_rank,
     conditional_sylvester,
 )
 
 __all__ = [
     "CONTINUOUS",
     "FLOWS",
+    "INNER",
     "NETWORKS",
     "PATH_GRADIENT",
     "TEST_SOLVER",
-    "TWOFOLD",
     "VAE",
     "exact",
     "make_flow",
@@ -83,28 +84,50 @@ def _free_form(divergence: str) -> Callable[..., nn.Module]:
     return make
 
 
-#: The posteriors: those of the published table, and two that separate what the hollow network brings from what the
-#: exact trace brings. "none" is a diagonal Gaussian.
+def _no_flow(d: int, context_dim: int, solver: Solver) -> None:
+    return None
+
+
+def _low_rank(d: int, context_dim: int, solver: Solver) -> list[nn.Module]:
+    return [conditional_low_rank(d, context_dim) for _ in range(2)]
+
+
+def _hollow_low_rank(d: int, context_dim: int, solver: Solver) -> list[nn.Module]:
+    return [_hollow(d, context_dim, solver), *_low_rank(d, context_dim, solver)]
+
+
+#: The posteriors, each by its flow behind the encoder's location and scale: those of the published table, those with
+#: directions of each image's own, and two that separate what the hollow network brings from what the exact trace
+#: brings. "none" is a diagonal Gaussian.
 FLOWS: dict[str, Callable[..., nn.Module | None]] = {
-    "none": lambda d, context_dim, solver: None,
+    "none": _no_flow,
     "planar": _compose(16, lambda d, context_dim: T.conditional_planar(d, context_dim, [64])),
     "iaf": _compose(4, lambda d, context_dim: T.conditional_affine_autoregressive(d, context_dim, [320], stable=True)),
     "sylvester": _compose(4, conditional_sylvester, kind="orthogonal"),
     "householder": _compose(4, conditional_sylvester, kind="householder"),
     "ffjord": _free_form("hutchinson"),
     "hollow": _hollow,
-    "hollow-2": _hollow,
-    "sylvester-8": _compose(8, conditional_sylvester, kind="orthogonal"),
+    "sylvester-16": _compose(4, lambda d, context_dim: conditional_sylvester(d, context_dim, min(16, d))),
+    "low-rank": _no_flow,
+    "hollow-low-rank": _no_flow,
+    "hollow-low-rank-2": _hollow,
     "hollow-stochastic": _hollow_stochastic,
     "free-form-exact": _free_form("exact"),
 }
+#: What some of them have before the encoder's location and scale: transforms of the standard Normal.
+INNER: dict[str, Callable[..., list[nn.Module]]] = {
+    "low-rank": _low_rank,
+    "hollow-low-rank": _hollow_low_rank,
+    "hollow-low-rank-2": _hollow_low_rank,
+}
 #: Some of them once more, to be trained with the path gradient.
-PATH_GRADIENT = tuple(f"{name}-path" for name in ("none", "sylvester", "sylvester-8", "hollow", "hollow-2"))
+PATH_GRADIENT = tuple(
+    f"{name}-path"
+    for name in ("none", "sylvester", "sylvester-16", "low-rank", "hollow", "hollow-low-rank", "hollow-low-rank-2")
+)
 FLOWS |= {name: FLOWS[name.removesuffix("-path")] for name in PATH_GRADIENT}
-#: Those that have a second flow of the same kind, before the encoder's location and scale are applied.
-TWOFOLD = ("hollow-2", "hollow-2-path")
 #: Those that solve differential equations.
-CONTINUOUS = ("ffjord", "hollow", "hollow-2", "hollow-path", "hollow-2-path", "hollow-stochastic", "free-form-exact")
+CONTINUOUS = tuple(name for name in FLOWS if name.startswith(("ffjord", "hollow", "free-form")))
 
 
 def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> nn.Module | None:
@@ -112,11 +135,12 @@ def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> n
     The flow of a posterior, to be conditioned on what the encoder makes of an image.
 
     "none" is a diagonal Gaussian; "planar", 16 layers; "iaf", 4 affine autoregressive layers of 320 hidden units;
-    "sylvester" and "householder", 4 layers with orthogonal columns and with Householder reflections; "ffjord", a
-    free-form network that the context changes by low rank, its trace by one Gaussian probe; "hollow", a Hollow-CNF;
-    "hollow-2", the second of two, see :func:`make_inner`; "sylvester-8", 8 layers of "sylvester"; "hollow-stochastic",
-    the network of "hollow" with a stochastic trace; "free-form-exact", the network of ffjord with the exact one; and
-    those in "-path", what is to be trained with the path gradient.
+    "sylvester" and "householder", 4 layers with 8 orthogonal columns and with 8 Householder reflections;
+    "sylvester-16", with 16 columns; "ffjord", a free-form network that the context changes by low rank, its trace by
+    one Gaussian probe; "hollow", a Hollow-CNF; "low-rank", a Gaussian with correlations; "hollow-low-rank", a
+    Hollow-CNF bent along these; "hollow-low-rank-2", with another one behind; "hollow-stochastic", the network of
+    "hollow" with a stochastic trace; "free-form-exact", the network of ffjord with the exact one; and those in "-path",
+    what is to be trained with the path gradient. For "low-rank" in a name see :func:`make_inner`.
 
     :param str name: one of ``FLOWS``.
     :param int latent_dim: Dimension of the latent variable
@@ -129,19 +153,22 @@ def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> n
     return FLOWS[name](latent_dim, context_dim, solver)
 
 
-def make_inner(name: str, latent_dim: int, context_dim: int, solver: Solver) -> nn.Module | None:
+def make_inner(name: str, latent_dim: int, context_dim: int, solver: Solver) -> list[nn.Module]:
     """
-    The flow of a posterior before the encoder's location and scale are applied; None for most.
+    What a posterior does to the standard Normal before the encoder's location and scale are applied, as a list of
+    conditional transforms; nothing for most.
 
-    In front, the latents are of one scale, whatever the image, and a flow takes few evaluations; behind, it can learn
-    what images have in common.
+    Those in "low-rank" apply two linear maps of low rank that depend on the image, behind a Hollow-CNF if there is one.
+    In front of location and scale its latents are of one scale, whatever the image, and a flow takes few evaluations;
+    behind, it can learn what images have in common.
 
     :param str name: one of ``FLOWS``.
     :param int latent_dim: Dimension of the latent variable
     :param int context_dim: Dimension of the context
-    :param Solver solver: how it integrates
+    :param Solver solver: how the continuous ones integrate
     """
-    return _hollow(latent_dim, context_dim, solver) if name in TWOFOLD else None
+    make = INNER.get(name.removesuffix("-path"))
+    return [] if make is None else make(latent_dim, context_dim, solver)
 
 
 def exact(flow: nn.Module | None) -> nn.Module | None:
@@ -201,8 +228,8 @@ class VAE(nn.Module):
     :param str network: "mlp", or "conv", the gated convolutions of van den Berg et al. (2018)
     :param bool path_gradient: train with the path gradient, see
         :class:`~pyro_hollow.infer.PathGradientDistribution`; not for flows with a stochastic trace
-    :param inner: a flow of the standard Normal, before the encoder's location and scale are applied, see
-        :func:`make_inner`; None for none
+    :param inner: conditional transforms of the standard Normal, before the encoder's location and scale are applied,
+        see :func:`make_inner`
     :raises ValueError: for another network, and for "conv" with images of another size than 28 x 28.
 
     References:
@@ -219,7 +246,7 @@ class VAE(nn.Module):
         flow: nn.Module | None = None,
         network: str = "mlp",
         path_gradient: bool = False,
-        inner: nn.Module | None = None,
+        inner: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         if network not in NETWORKS:
@@ -229,7 +256,7 @@ class VAE(nn.Module):
         self.encoder, self.decoder = make(pixels, latent_dim, hidden_dim)
         self.to_base = nn.Linear(hidden_dim, 2 * latent_dim)
         self.flow = flow
-        self.inner = inner
+        self.inner = nn.ModuleList(inner)
         self.family = PathGradientDistribution if path_gradient else dist.TransformedDistribution
 
     def model(self, x: Tensor, kl_weight: float = 1.0) -> None:
@@ -253,13 +280,13 @@ class VAE(nn.Module):
         loc, raw_scale = self.to_base(hidden).chunk(2, dim=-1)
         scale = nn.functional.softplus(raw_scale) + 1e-5
         flows = [] if self.flow is None else [self.flow.condition(hidden)]  # type: ignore[operator]
-        if self.inner is None:
+        if not self.inner:
             return self.family(dist.Normal(loc, scale).to_event(1), flows)
         standard = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
-        # Without its cache log_prob would have to invert the inner flow.
+        inner = [part.condition(hidden) for part in self.inner]  # type: ignore[operator]
+        # Without its cache log_prob would have to invert what is before it.
         affine = T.AffineTransform(loc, scale, cache_size=1)
-        inner = [self.inner.condition(hidden), affine]  # type: ignore[operator]
-        return self.family(standard, [*inner, *flows])
+        return self.family(standard, [*inner, affine, *flows])
 
     def logits(self, z: Tensor) -> Tensor:
         """The log-odds of ink, with shape ``(*, pixels)``, for latent variables with shape ``(*, latent_dim)``."""

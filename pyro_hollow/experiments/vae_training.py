@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from pyro.infer import Trace_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from tqdm.auto import tqdm
 
@@ -76,7 +76,8 @@ def make_vae(config: Config, pixels: int) -> VAE:
     """
     torch.manual_seed(config.seed)
     solver = Solver("dopri5", rtol=config.tolerance, atol=config.tolerance, adjoint=config.adjoint)
-    flow, inner = (make(config.flow, config.latent_dim, config.hidden_dim, solver) for make in (make_flow, make_inner))
+    sizes = (config.latent_dim, config.hidden_dim)
+    flow, inner = make_flow(config.flow, *sizes, solver), make_inner(config.flow, *sizes, solver)
     return VAE(
         pixels,
         config.latent_dim,
@@ -258,7 +259,7 @@ def _mean(values: list[int]) -> float:
 
 def _last_solves(vae: VAE) -> list[SolverStats]:
     """Of the flows that solve differential equations."""
-    flows = [flow for flow in (vae.inner, vae.flow) if isinstance(flow, ConditionalCNF)]
+    flows = [flow for flow in (*vae.inner, vae.flow) if isinstance(flow, ConditionalCNF)]
     return [flow.last_solve for flow in flows if flow.last_solve is not None]
 
 
@@ -368,8 +369,8 @@ def estimate(
     :param int chunk: samples that are in memory at a time.
     :param int seed: for the samples, and the choice of images.
     """
-    flows = vae.inner, vae.flow
-    vae.inner, vae.flow = map(exact, flows)
+    trained = vae.inner, vae.flow
+    vae.inner, vae.flow = nn.ModuleList(exact(part) for part in vae.inner), exact(vae.flow)  # type: ignore[misc]
     solves: list[int] = []
 
     def log_weights(x: Tensor, count: int) -> Tensor:
@@ -389,7 +390,7 @@ def estimate(
                 log_w = torch.cat([log_weights(x, count) for count in counts])
                 likelihood.append(log_w.logsumexp(0) - math.log(num_samples))
     finally:
-        vae.inner, vae.flow = flows
+        vae.inner, vae.flow = trained
     return Estimate(
         *_mean_and_error(-elbo),
         *_mean_and_error(-torch.cat(likelihood) if likelihood else elbo[:0]),
@@ -437,6 +438,6 @@ def _flow_gradient(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
     z = posterior.rsample()
     log_q = posterior.log_prob(z)
     log_p = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + dist.Bernoulli(logits=vae.logits(z)).log_prob(x).sum(-1)
-    parameters = [parameter for flow in (vae.inner, vae.flow) if flow is not None for parameter in flow.parameters()]
+    parameters = [parameter for flow in (*vae.inner, vae.flow) if flow is not None for parameter in flow.parameters()]
     gradients = torch.autograd.grad((log_q - log_p).mean(), parameters, materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
