@@ -9,7 +9,8 @@ Which part for which need?
 - a guide for a model: :class:`AutoHollowCNF`, and :func:`diagnose` to check any guide;
 - a posterior flow or a density: :func:`hollow_cnf`, or :func:`conditional_hollow_cnf` where an encoder or other context
   decides; :class:`HollowCNF` and :class:`ConditionalHollowCNF` around a network of your own making;
-- directions in which the latents of each data point vary together, behind such a flow: :func:`conditional_low_rank`;
+- behind such a flow, directions in which the latents of each data point vary together:
+  :func:`conditional_low_rank_linear`;
 - gradients with less noise near the optimum, in a guide of your own: :class:`PathGradientDistribution`;
 - a vector field with exact divergence and dimension-wise derivatives of any order: :class:`HollowNN`;
 - a stochastic differential equation learned from samples at several times: :class:`DiagonalSDE` and
@@ -29,7 +30,7 @@ from pyro_hollow.transforms import (
     HollowCNF,
     conditional_free_form_cnf,
     conditional_hollow_cnf,
-    conditional_low_rank,
+    conditional_low_rank_linear,
     free_form_cnf,
     hollow_cnf,
 )
@@ -51,7 +52,7 @@ __all__ = [
     "SolverError",
     "conditional_free_form_cnf",
     "conditional_hollow_cnf",
-    "conditional_low_rank",
+    "conditional_low_rank_linear",
     "diagnose",
     "free_form_cnf",
     "hollow_cnf",

@@ -21,10 +21,12 @@ from pyro_hollow.experiments.vae_models import (
     make_flow,
     make_inner,
 )
-from pyro_hollow.transforms import ConditionalLowRank
+from pyro_hollow.transforms import ConditionalCNF, ConditionalLowRankLinear
 
 QUICK = Solver("dopri5", rtol=1e-3, atol=1e-3)
 STOCHASTIC = ("ffjord", "hollow-stochastic")
+#: How many differential equations a sample takes, where it takes any.
+SOLVES = {"hollow-low-rank-2": 2} | dict.fromkeys((*STOCHASTIC, "hollow", "hollow-low-rank", "free-form-exact"), 1)
 EXACT = ("hollow", "hollow-path", "hollow-low-rank-2", "hollow-low-rank-2-path", "free-form-exact")
 CONTINUOUS = (*STOCHASTIC, *EXACT)
 
@@ -151,7 +153,7 @@ def test_transforms_on_either_side_of_location_and_scale():
 @flows
 def test_what_is_before_location_and_scale(name):
     flows = [ConditionalHollowCNF] if name.startswith("hollow-low-rank") else []
-    maps = [ConditionalLowRank] * 2 if "low-rank" in name else []
+    maps = [ConditionalLowRankLinear] * 2 if "low-rank" in name else []
     assert [type(part) for part in make_inner(name, 4, 16, QUICK)] == [*flows, *maps]
     assert (name.removesuffix("-path") in INNER) == ("low-rank" in name)
 
@@ -171,22 +173,33 @@ def test_gradients_reach_encoder_and_flow(name):
 @flows
 def test_context_decides_the_flow(name):
     vae = make_vae(name)
-    if vae.flow is None:
-        return
-    strengthen(vae.flow)
-    z, context = torch.randn(4).expand(2, 4), torch.randn(2, 16)
-    y = vae.flow.condition(context)(z)
-    assert (y[0] - y[1]).abs().max() > 1e-3
+    parts = [part for part in (*vae.inner, vae.flow) if part is not None]
+    assert (parts == []) == name.startswith("none")
+    for part in parts:
+        strengthen(part)
+        z, context = torch.randn(4).expand(2, 4), torch.randn(2, 16)
+        y = part.condition(context)(z)
+        assert (y[0] - y[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
+@flows
 def test_continuous_flows_use_the_solver_of_training(name):
     vae = make_vae(name)
     vae.posterior(binary(3)).rsample()
-    solver = vae.flow.solver
-    assert (solver.method, solver.rtol, solver.atol, solver.adjoint) == ("dopri5", 1e-3, 1e-3, False)
-    # One step over the whole interval, if it is good enough, for hollow and free-form fields alike.
-    assert vae.flow.last_solve.nfe in (6, 7, 8)
+    continuous = [part for part in (*vae.inner, vae.flow) if isinstance(part, ConditionalCNF)]
+    assert len(continuous) == SOLVES.get(name.removesuffix("-path"), 0)
+    for part in continuous:
+        solver = part.solver
+        assert (solver.method, solver.rtol, solver.atol, solver.adjoint) == ("dopri5", 1e-3, 1e-3, False)
+        # One step over the whole interval, if it is good enough, for hollow and free-form fields alike.
+        assert part.last_solve.nfe in (6, 7, 8)
+
+
+def test_what_is_in_front_is_judged_as_what_is_behind():
+    flow, *maps = make_inner("hollow-low-rank", 4, 16, QUICK)
+    judged = exact(flow)
+    assert isinstance(judged, ConditionalHollowCNF) and judged.nn is flow.nn and judged.solver is TEST_SOLVER
+    assert [exact(part) for part in maps] == maps
 
 
 def test_stochastic_flows_draw_a_probe_and_exact_ones_none():

@@ -47,9 +47,8 @@ from pyro_hollow.ode import SolverError
 COLOURS = dict(
     zip(
         [name for name in FLOWS if name not in PATH_GRADIENT],
-        (
-            "#000000 #56B4E9 #E69F00 #CC79A7 #999999 #D55E00 #009E73 #332288 #AA4499 #44AA99 #882255 #0072B2 #F0E442"
-        ).split(),
+        "#000000 #56B4E9 #E69F00 #CC79A7 #999999 #D55E00 #009E73 "
+        "#332288 #DDCC77 #AA4499 #44AA99 #882255 #0072B2 #F0E442".split(),
         strict=True,
     )
 )

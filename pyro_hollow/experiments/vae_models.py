@@ -26,7 +26,7 @@ from pyro_hollow.transforms import (
     ConditionalHollowCNF,
     conditional_free_form_cnf,
     conditional_hollow_cnf,
-    conditional_low_rank,
+    conditional_low_rank_linear,
     conditional_sylvester,
 )
 
@@ -84,12 +84,15 @@ def _free_form(divergence: str) -> Callable[..., nn.Module]:
     return make
 
 
+_sylvester_16 = _compose(4, lambda d, context_dim: conditional_sylvester(d, context_dim, min(16, d)))
+
+
 def _no_flow(d: int, context_dim: int, solver: Solver) -> None:
     return None
 
 
 def _low_rank(d: int, context_dim: int, solver: Solver) -> list[nn.Module]:
-    return [conditional_low_rank(d, context_dim) for _ in range(2)]
+    return [conditional_low_rank_linear(d, context_dim) for _ in range(2)]
 
 
 def _hollow_low_rank(d: int, context_dim: int, solver: Solver) -> list[nn.Module]:
@@ -107,8 +110,9 @@ FLOWS: dict[str, Callable[..., nn.Module | None]] = {
     "householder": _compose(4, conditional_sylvester, kind="householder"),
     "ffjord": _free_form("hutchinson"),
     "hollow": _hollow,
-    "sylvester-16": _compose(4, lambda d, context_dim: conditional_sylvester(d, context_dim, min(16, d))),
+    "sylvester-16": _sylvester_16,
     "low-rank": _no_flow,
+    "sylvester-16-low-rank": _sylvester_16,
     "hollow-low-rank": _no_flow,
     "hollow-low-rank-2": _hollow,
     "hollow-stochastic": _hollow_stochastic,
@@ -117,14 +121,12 @@ FLOWS: dict[str, Callable[..., nn.Module | None]] = {
 #: What some of them have before the encoder's location and scale: transforms of the standard Normal.
 INNER: dict[str, Callable[..., list[nn.Module]]] = {
     "low-rank": _low_rank,
+    "sylvester-16-low-rank": _low_rank,
     "hollow-low-rank": _hollow_low_rank,
     "hollow-low-rank-2": _hollow_low_rank,
 }
 #: Some of them once more, to be trained with the path gradient.
-PATH_GRADIENT = tuple(
-    f"{name}-path"
-    for name in ("none", "sylvester", "sylvester-16", "low-rank", "hollow", "hollow-low-rank", "hollow-low-rank-2")
-)
+PATH_GRADIENT = tuple(f"{name}-path" for name in ("none", "sylvester", "sylvester-16", "hollow", *INNER))
 FLOWS |= {name: FLOWS[name.removesuffix("-path")] for name in PATH_GRADIENT}
 #: Those that solve differential equations.
 CONTINUOUS = tuple(name for name in FLOWS if name.startswith(("ffjord", "hollow", "free-form")))
@@ -137,10 +139,11 @@ def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> n
     "none" is a diagonal Gaussian; "planar", 16 layers; "iaf", 4 affine autoregressive layers of 320 hidden units;
     "sylvester" and "householder", 4 layers with 8 orthogonal columns and with 8 Householder reflections;
     "sylvester-16", with 16 columns; "ffjord", a free-form network that the context changes by low rank, its trace by
-    one Gaussian probe; "hollow", a Hollow-CNF; "low-rank", a Gaussian with correlations; "hollow-low-rank", a
-    Hollow-CNF bent along these; "hollow-low-rank-2", with another one behind; "hollow-stochastic", the network of
-    "hollow" with a stochastic trace; "free-form-exact", the network of ffjord with the exact one; and those in "-path",
-    what is to be trained with the path gradient. For "low-rank" in a name see :func:`make_inner`.
+    one Gaussian probe; "hollow", a Hollow-CNF; "low-rank", a Gaussian with correlations;
+    "sylvester-16-low-rank", layers of "sylvester-16" behind these; "hollow-low-rank", a Hollow-CNF before these, and
+    "hollow-low-rank-2", another one behind; "hollow-stochastic", the network of "hollow" with a stochastic trace;
+    "free-form-exact", the network of ffjord with the exact one; and those in "-path", what is to be trained with the
+    path gradient. For "low-rank" in a name see :func:`make_inner`.
 
     :param str name: one of ``FLOWS``.
     :param int latent_dim: Dimension of the latent variable

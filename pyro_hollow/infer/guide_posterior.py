@@ -11,9 +11,10 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
-
-from pyro_hollow.transforms.bijection import Bijection
+from torch.distributions import Transform
+from torch.distributions.transforms import _InverseTransform
 
 from .path_gradient import PathGradientDistribution
 
@@ -28,7 +29,29 @@ _MAX_RESTRAINED = 0.2
 _RECESSION = 0.1
 
 
-class Affine(Bijection):
+class _Bijection(Transform):
+    """Keeps its latest pair, so that scoring a sample inverts nothing; but not one that has lost its gradients."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    sign = +1
+
+    def __init__(self) -> None:
+        super().__init__(cache_size=1)
+
+    @property
+    def inv(self) -> _InverseTransform:
+        """The inverse. Made anew each time: a stored one would form a cycle that keeps graphs alive."""
+        return _InverseTransform(self)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not y.requires_grad:
+            return self._inverse(y)
+        return super()._inv_call(y)
+
+
+class Affine(_Bijection):
     r""":math:`y = \mu + \mathrm{diag}(\sigma) (I + U) x` with a strictly lower triangular U, or without."""
 
     def __init__(self, loc: Tensor, log_scale: Tensor, lower: Tensor | None) -> None:
@@ -66,7 +89,7 @@ class Affine(Bijection):
         return torch.linalg.solve_triangular(matrix, rows.unsqueeze(-1), upper=upper, unitriangular=True).squeeze(-1)
 
 
-class Tails(Bijection):
+class Tails(_Bijection):
     r"""
     Heavier tails, coordinate by coordinate and side by side,
 

@@ -21,19 +21,19 @@ from .hollow_cnf import (
     conditional_hollow_cnf,
     hollow_cnf,
 )
-from .low_rank import ConditionalLowRank, ConditionedLowRank, conditional_low_rank
+from .low_rank import ConditionalLowRankLinear, ConditionedLowRankLinear, conditional_low_rank_linear
 from .sylvester import ConditionalSylvester, ConditionedSylvester, conditional_sylvester
 
 __all__ = [
     "ConditionalCNF",
     "ConditionalFreeFormCNF",
     "ConditionalHollowCNF",
-    "ConditionalLowRank",
+    "ConditionalLowRankLinear",
     "ConditionalSylvester",
     "ConditionedCNF",
     "ConditionedFreeFormCNF",
     "ConditionedHollowCNF",
-    "ConditionedLowRank",
+    "ConditionedLowRankLinear",
     "ConditionedSylvester",
     "FreeFormCNF",
     "FreeFormNN",
@@ -42,7 +42,7 @@ __all__ = [
     "Regularization",
     "conditional_free_form_cnf",
     "conditional_hollow_cnf",
-    "conditional_low_rank",
+    "conditional_low_rank_linear",
     "conditional_sylvester",
     "free_form_cnf",
     "hollow_cnf",

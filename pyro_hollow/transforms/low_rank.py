@@ -12,63 +12,28 @@ from pyro.distributions.util import copy_docs_from
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from .bijection import Bijection
+from .cached import CachedTransform, apply
 
-__all__ = ["ConditionalLowRank", "ConditionedLowRank", "conditional_low_rank"]
-
-
-def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Matrix times vector, with shapes ``(*, m, n)`` and ``(*, n)``, broadcast without copies."""
-    return torch.einsum("...mn,...n->...m", matrix, vector)
+__all__ = ["ConditionalLowRankLinear", "ConditionedLowRankLinear", "conditional_low_rank_linear"]
 
 
 @copy_docs_from(Transform)
-class ConditionedLowRank(Bijection):
+class ConditionedLowRankLinear(CachedTransform):
     r"""
-    The linear map :math:`\mathbf{y} = (I + U V^T) \mathbf{x}`, as :meth:`ConditionalLowRank.condition` returns it.
+    The linear map :math:`\mathbf{y} = (I + U V^T) \mathbf{x}` whose context is fixed, as
+    :meth:`ConditionalLowRankLinear.condition` returns it. Determinant and inverse take matrices of size r alone, by the
+    determinant lemma and Woodbury's identity.
 
-    All but the map itself is done with matrices of size r, by Woodbury's identity and the determinant lemma; they are
-    factorised once, when the map is made.
-
-    :param Tensor u: U with shape ``(*, d, r)``.
-    :param Tensor v: V with shape ``(*, d, r)``.
+    :param ConditionalLowRankLinear flow: the map.
+    :param Tensor context: the context with shape ``(*, context_dim)``.
     """
 
-    def __init__(self, u: Tensor, v: Tensor) -> None:
-        super().__init__()
-        self._u, self._v = u, v
-        small = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device) + v.mT @ u
-        self._factors = torch.linalg.lu_factor(small)
-        self._log_det = self._factors[0].diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
-
-    def _check(self, x: Tensor) -> None:
-        d, batch_shape = self._u.shape[-2], self._u.shape[:-2]
-        if x.dim() == 0 or x.shape[-1] != d:
-            raise ValueError(f"input must have shape (*, {d}), but got {tuple(x.shape)}")
-        try:
-            self._log_det.expand(x.shape[:-1])
-        except RuntimeError:
-            raise ValueError(
-                f"context has batch shape {tuple(batch_shape)}, which does not broadcast to the input's "
-                f"{tuple(x.shape[:-1])}; expand the base distribution to the batch shape of the context"
-            ) from None
-
-    def _solve(self, rows: Tensor, adjoint: bool = False) -> Tensor:
-        r""":math:`(I + V^T U)^{-1}`, or its transpose, times vectors of shape ``(*, r)``."""
-        factors, pivots = self._factors
-        shape = rows.shape[:-1]
-        factors, pivots = factors.expand(*shape, -1, -1), pivots.expand(*shape, -1)
-        return torch.linalg.lu_solve(factors, pivots, rows.unsqueeze(-1), adjoint=adjoint).squeeze(-1)
-
-    def _call(self, x: Tensor) -> Tensor:
-        """
-        :param x: the input into the bijection
-        :type x: torch.Tensor
-
-        Invokes the bijection x=>y; adds to x a combination of r directions.
-        """
-        self._check(x)
-        return x + _apply(self._u, _apply(self._v.mT, x))
+    def _inv_call(self, y: Tensor) -> Tensor:
+        cached = self._lookup()
+        # A pair without gradients is of no use where they are wanted.
+        if cached is None or y is not cached.y or (torch.is_grad_enabled() and not cached.grad_mode):
+            return self._inverse(y)
+        return cached.x
 
     def _inverse(self, y: Tensor) -> Tensor:
         """
@@ -78,27 +43,11 @@ class ConditionedLowRank(Bijection):
         Inverts y => x, in closed form.
         """
         self._check(y)
-        return y - _apply(self._u, self._solve(_apply(self._v.mT, y)))
+        u, v = self.flow._factors(self.context)
+        return y - apply(_woodbury(u, v), apply(v.mT, y))
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """
-        Calculates the logarithm of the absolute value of the determinant, which is the same for all x.
-
-        :param Tensor x: the input with shape ``(*, d)``.
-        :param Tensor y: the output for that input.
-        :returns: the log-determinant with shape ``(*,)``.
-        """
-        return self._log_det.expand(x.shape[:-1])
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Value and log-determinant together.
-
-        :param Tensor x: the input with shape ``(*, d)``.
-        :returns: y with shape ``(*, d)`` and the log-determinant with shape ``(*,)``.
-        """
-        y = self(x)
-        return y, self.log_abs_det_jacobian(x, y)
+    def _transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _map(x, *self.flow._factors(self.context))
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""
@@ -108,14 +57,35 @@ class ConditionedLowRank(Bijection):
         :param Tensor x: the input with shape ``(*, d)``.
         :param Tensor score: the gradient of the log-density at x, of the same shape.
         :returns: y, the log-determinant and the score at y, the latter without gradients.
+        :raises ValueError: for an input of the wrong size, to whose batch shape the context's does not broadcast, or
+            whose shape is not that of the score.
         """
-        y, ladj = self.call_and_ladj(x)
+        self._check(x)
+        if score.shape != x.shape:
+            raise ValueError(f"score must have the shape of x, {tuple(x.shape)}, but got {tuple(score.shape)}")
+        u, v = self.flow._factors(self.context)
+        cached = self._store(x, *_map(x, u, v))
         with torch.no_grad():
-            return y, ladj, score - _apply(self._v, self._solve(_apply(self._u.mT, score), adjoint=True))
+            return cached.y, cached.ladj, score - apply(v, apply(_woodbury(u, v).mT, score))
+
+
+def _small(u: Tensor, v: Tensor) -> Tensor:
+    """I + V^T U; under autocast the product alone is of a lower precision."""
+    return torch.eye(u.shape[-1], dtype=u.dtype, device=u.device) + (v.mT @ u).to(u.dtype)
+
+
+def _map(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    log_det = torch.linalg.slogdet(_small(u, v)).logabsdet
+    return x + apply(u, apply(v.mT, x)), log_det.expand(x.shape[:-1])
+
+
+def _woodbury(u: Tensor, v: Tensor) -> Tensor:
+    """U (I + V^T U)^-1."""
+    return torch.linalg.solve(_small(u, v), u, left=False)
 
 
 @copy_docs_from(ConditionalTransformModule)
-class ConditionalLowRank(ConditionalTransformModule):
+class ConditionalLowRankLinear(ConditionalTransformModule):
     r"""
     A linear map whose departure from the identity is of low rank and depends on a context,
 
@@ -134,14 +104,16 @@ class ConditionalLowRank(ConditionalTransformModule):
     Example usage:
 
     >>> base_dist = dist.Normal(torch.zeros(7, 10), torch.ones(7, 10)).to_event(1)
-    >>> transform = ConditionalLowRank(10, torch.nn.Linear(4, 2 * 10 * 3), rank=3)
+    >>> transform = ConditionalLowRankLinear(10, torch.nn.Linear(4, 2 * 10 * 3), rank=3)
     >>> _ = pyro.module("my_transform", transform)
     >>> flow_dist = dist.ConditionalTransformedDistribution(base_dist, [transform]).condition(torch.randn(7, 4))
     >>> flow_dist.rsample().shape
     torch.Size([7, 10])
 
-    The inverse is computed in closed form. The determinant is not zero in any but exceptional cases, from which its
-    logarithm keeps an ELBO away.
+    The inverse is computed in closed form. Nothing keeps :math:`I + V^T U` from being singular, where the
+    log-determinant is minus infinity and the inverse raises ``torch.linalg.LinAlgError``; but training starts near the
+    identity, and an ELBO keeps away from there. Two maps of rank r behind one another have as many parameters as one of
+    rank 2 r, and did better as part of a VAE's posterior (OMNIGLOT, one seed: 118.60 nats against 118.97).
 
     :param input_dim: the dimension d of the input (and output) variable.
     :type input_dim: int
@@ -163,20 +135,24 @@ class ConditionalLowRank(ConditionalTransformModule):
         self.nn = nn
         self.rank = rank
 
-    def condition(self, context: Tensor) -> ConditionedLowRank:
+    def condition(self, context: Tensor) -> ConditionedLowRankLinear:
         """
         Conditions on a context variable, returning a non-conditional transform.
 
         :param Tensor context: the context with shape ``(*, context_dim)``; its batch broadcasts against the input's.
         """
-        params = self.nn(context)
+        return ConditionedLowRankLinear(self, context)
+
+    def _factors(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """U and V, both with shape ``(*, d, r)``."""
+        params = self.nn(context).to(context.dtype)
         if params.shape[-1] != 2 * self.input_dim * self.rank:
             raise ValueError(
                 f"nn must return a tensor of width 2 * {self.input_dim} * {self.rank}, but its last dimension is "
                 f"{params.shape[-1]}"
             )
         u, v = params.unflatten(-1, (2, self.input_dim, self.rank)).unbind(-3)
-        return ConditionedLowRank(u, v)
+        return u, v
 
 
 def _check_sizes(input_dim: int, rank: int) -> None:
@@ -186,9 +162,9 @@ def _check_sizes(input_dim: int, rank: int) -> None:
         raise ValueError(f"rank must be from 1 to input_dim, {input_dim}, but got {rank}")
 
 
-def conditional_low_rank(input_dim: int, context_dim: int, rank: int | None = None) -> ConditionalLowRank:
+def conditional_low_rank_linear(input_dim: int, context_dim: int, rank: int | None = None) -> ConditionalLowRankLinear:
     """
-    A helper function to create a :class:`~pyro_hollow.transforms.ConditionalLowRank` object that takes care of
+    A helper function to create a :class:`~pyro_hollow.transforms.ConditionalLowRankLinear` object that takes care of
     constructing a linear network with the correct input/output dimensions. A fresh map is close to the identity.
 
     :param input_dim: Dimension of input variable
@@ -208,4 +184,4 @@ def conditional_low_rank(input_dim: int, context_dim: int, rank: int | None = No
         for parameter in network.parameters():
             # A small U; V stays large, or the gradient of U would vanish.
             parameter[: input_dim * rank].mul_(1e-2)
-    return ConditionalLowRank(input_dim, network, rank)
+    return ConditionalLowRankLinear(input_dim, network, rank)

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple
-
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.util import copy_docs_from
 from torch import Tensor, nn
 from torch.distributions import Transform
-from torch.distributions.transforms import _InverseTransform
 from torch.nn import functional as F
+
+from .cached import CachedTransform, apply
 
 __all__ = ["ConditionalSylvester", "ConditionedSylvester", "conditional_sylvester"]
 
@@ -54,16 +52,8 @@ def reflections(vectors: Tensor) -> Tensor:
 KINDS = {"orthogonal": orthonormalize, "householder": reflections}
 
 
-class _Cached(NamedTuple):
-    x: Tensor
-    y: Tensor
-    ladj: Tensor
-    stamp: list[tuple[Tensor, int]]
-    grad_mode: bool
-
-
 @copy_docs_from(Transform)
-class ConditionedSylvester(Transform):
+class ConditionedSylvester(CachedTransform):
     """
     A Sylvester flow whose context is fixed, as :meth:`ConditionalSylvester.condition` returns it.
 
@@ -75,39 +65,6 @@ class ConditionedSylvester(Transform):
     :param Tensor context: the context with shape ``(*, context_dim)``.
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-    sign = +1
-
-    def __init__(self, flow: ConditionalSylvester, context: Tensor) -> None:
-        super().__init__(cache_size=1)
-        self.flow = flow
-        self.context = context
-        self._cached: _Cached | None = None
-        self._spent = False
-
-    @property
-    def inv(self) -> _InverseTransform:
-        """The inverse. Made anew each time: a stored one would form a cycle that keeps graphs alive."""
-        return _InverseTransform(self)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Value and log-determinant together.
-
-        :param Tensor x: the input with shape ``(*, d)``.
-        :returns: y with shape ``(*, d)`` and the log-determinant of its Jacobian with shape ``(*,)``.
-        :raises ValueError: for an input of the wrong size, or to whose batch shape the context's does not broadcast.
-        """
-        cached = self._lookup()
-        if cached is None or x is not cached.x or self._spent or cached.grad_mode != torch.is_grad_enabled():
-            cached = self._store(x, *self._transform(x))
-        return cached.y, cached.ladj
-
     def _inv_call(self, y: Tensor) -> Tensor:
         cached = self._lookup()
         if cached is None or y is not cached.y:
@@ -116,15 +73,6 @@ class ConditionedSylvester(Transform):
         # drawn without, has lost its own.
         self._cached = cached._replace(grad_mode=torch.is_grad_enabled())
         return cached.x
-
-    def _call(self, x: Tensor) -> Tensor:
-        """
-        :param x: the input into the bijection
-        :type x: torch.Tensor
-
-        Invokes the bijection x=>y, past the cache.
-        """
-        return self._transform(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
         """
@@ -138,78 +86,12 @@ class ConditionedSylvester(Transform):
             "context of that call: score samples right after they are drawn, and use another flow to score data"
         )
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """
-        Calculates the logarithm of the absolute value of the determinant of the Jacobian, at no cost for the pair of
-        the latest call.
-
-        :param Tensor x: the input with shape ``(*, d)``.
-        :param Tensor y: the output for that input.
-        :returns: the log-determinant with shape ``(*,)``.
-        """
-        cached = self._lookup()
-        if cached is None or x is not cached.x or y is not cached.y or self._spent:
-            return self._transform(x)[1]
-        return cached.ladj
-
     def _transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        d = self.flow.input_dim
-        if x.dim() == 0 or x.shape[-1] != d:
-            raise ValueError(f"input must have shape (*, {d}), but got {tuple(x.shape)}")
-        try:
-            self.context.expand(*x.shape[:-1], -1)
-        except RuntimeError:
-            raise ValueError(
-                f"context has batch shape {tuple(self.context.shape[:-1])}, which does not broadcast to the input's "
-                f"{tuple(x.shape[:-1])}; expand the base distribution to the batch shape of the context"
-            ) from None
         q, r1, r2, bias = self.flow._factors(self.context)
-        act = (_apply(r2, _apply(q.mT, x)) + bias).tanh()
-        y = x + _apply(q, _apply(r1, act))
+        act = (apply(r2, apply(q.mT, x)) + bias).tanh()
+        y = x + apply(q, apply(r1, act))
         slope = 1 - act.square()
         return y, torch.log1p(slope * r1.diagonal(dim1=-2, dim2=-1) * r2.diagonal(dim1=-2, dim2=-1)).sum(-1)
-
-    def _store(self, x: Tensor, y: Tensor, ladj: Tensor) -> _Cached:
-        self._cached = _Cached(x, y, ladj, self._stamp(x, y), torch.is_grad_enabled())
-        self._spent = False
-        # A second backward pass through the pair's graph would fail. The hook must not keep the transform alive.
-        reference = weakref.ref(self)
-
-        def spend(gradient: Tensor) -> None:
-            transform = reference()
-            if transform is not None:
-                transform._spent = True
-
-        for tensor in (y, ladj):
-            if tensor.requires_grad:
-                tensor.register_hook(spend)
-        return self._cached
-
-    def _stamp(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, int]]:
-        tensors = (*self.flow.parameters(), *self.flow.buffers(), self.context, x, y)
-        # Tensors made in inference mode do not count their changes.
-        return [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
-
-    def _lookup(self) -> _Cached | None:
-        """The latest pair, if nothing that decides it has changed."""
-        cached = self._cached
-        if cached is None:
-            return None
-        stamps = zip(self._stamp(cached.x, cached.y), cached.stamp, strict=False)
-        return cached if all(a is b and new == old for (a, new), (b, old) in stamps) else None
-
-    def clear_cache(self) -> None:
-        """Forgets the latest pair."""
-        self._cached = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_inv": None}
-
-
-def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Matrix times vector, with shapes ``(*, m, n)`` and ``(*, n)``."""
-    # Unlike matmul, einsum broadcasts matrices over samples without a copy.
-    return torch.einsum("...mn,...n->...m", matrix, vector)
 
 
 @copy_docs_from(ConditionalTransformModule)
