@@ -44,7 +44,7 @@ class ConditionedLowRankLinear(CachedTransform):
         """
         self._check(y)
         u, v = self.flow._factors(self.context)
-        return y - apply(_woodbury(u, v), apply(v.mT, y))
+        return y - apply(u, _solve(_small(u, v), apply(v.mT, y)))
 
     def _transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return _map(x, *self.flow._factors(self.context))
@@ -66,7 +66,7 @@ class ConditionedLowRankLinear(CachedTransform):
         u, v = self.flow._factors(self.context)
         cached = self._store(x, *_map(x, u, v))
         with torch.no_grad():
-            return cached.y, cached.ladj, score - apply(v, apply(_woodbury(u, v).mT, score))
+            return cached.y, cached.ladj, score - apply(v, _solve(_small(u, v).mT, apply(u.mT, score)))
 
 
 def _small(u: Tensor, v: Tensor) -> Tensor:
@@ -79,9 +79,8 @@ def _map(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return x + apply(u, apply(v.mT, x)), log_det.expand(x.shape[:-1])
 
 
-def _woodbury(u: Tensor, v: Tensor) -> Tensor:
-    """U (I + V^T U)^-1."""
-    return torch.linalg.solve(_small(u, v), u, left=False)
+def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
+    return torch.linalg.solve(matrix, vector.unsqueeze(-1)).squeeze(-1)
 
 
 @copy_docs_from(ConditionalTransformModule)
