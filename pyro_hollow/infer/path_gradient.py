@@ -65,9 +65,9 @@ class PathGradientDistribution(dist.TransformedDistribution):
     without: a learning rate that decays helps.
 
     The score :math:`\nabla_x \log q` of a Hollow-CNF comes out of its own solve
-    (:meth:`~pyro_hollow.transforms.HollowCNF.call_and_score`). So does that of any transform with such a method; others
-    of vectors, such as Pyro's, are differentiated: a backward pass for each of the d dimensions, and a linear system of
-    that size.
+    (:meth:`~pyro_hollow.transforms.HollowCNF.call_and_score`), that of a low-rank map out of a method of the same name.
+    Any other transform of vectors, such as one of Pyro's, is differentiated: a backward pass for each of the d
+    dimensions, and a linear system of that size.
 
     Example usage, for the posterior of a VAE:
 
