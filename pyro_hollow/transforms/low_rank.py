@@ -43,8 +43,8 @@ class ConditionedLowRankLinear(CachedTransform):
         Inverts y => x, in closed form.
         """
         self._check(y)
-        u, v = self.flow._factors(self.context)
-        return y - apply(u, _solve(_small(u, v), apply(v.mT, y)))
+        u, v, small = self.flow._factors(self.context)
+        return y - apply(u, _solve(small, apply(v.mT, y)))
 
     def _transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return _map(x, *self.flow._factors(self.context))
@@ -63,19 +63,14 @@ class ConditionedLowRankLinear(CachedTransform):
         self._check(x)
         if score.shape != x.shape:
             raise ValueError(f"score must have the shape of x, {tuple(x.shape)}, but got {tuple(score.shape)}")
-        u, v = self.flow._factors(self.context)
-        cached = self._store(x, *_map(x, u, v))
+        u, v, small = self.flow._factors(self.context)
+        cached = self._store(x, *_map(x, u, v, small))
         with torch.no_grad():
-            return cached.y, cached.ladj, score - apply(v, _solve(_small(u, v).mT, apply(u.mT, score)))
+            return cached.y, cached.ladj, score - apply(v, _solve(small.mT, apply(u.mT, score)))
 
 
-def _small(u: Tensor, v: Tensor) -> Tensor:
-    """I + V^T U; under autocast the product alone is of a lower precision."""
-    return torch.eye(u.shape[-1], dtype=u.dtype, device=u.device) + (v.mT @ u).to(u.dtype)
-
-
-def _map(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    log_det = torch.linalg.slogdet(_small(u, v)).logabsdet
+def _map(x: Tensor, u: Tensor, v: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
+    log_det = torch.linalg.slogdet(small).logabsdet
     return x + apply(u, apply(v.mT, x)), log_det.expand(x.shape[:-1])
 
 
@@ -141,8 +136,8 @@ class ConditionalLowRankLinear(ConditionalTransformModule):
         """
         return ConditionedLowRankLinear(self, context)
 
-    def _factors(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """U and V, both with shape ``(*, d, r)``."""
+    def _factors(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """U and V, both with shape ``(*, d, r)``, and I + V^T U."""
         params = self.nn(context).to(context.dtype)
         if params.shape[-1] != 2 * self.input_dim * self.rank:
             raise ValueError(
@@ -150,7 +145,8 @@ class ConditionalLowRankLinear(ConditionalTransformModule):
                 f"{params.shape[-1]}"
             )
         u, v = params.unflatten(-1, (2, self.input_dim, self.rank)).unbind(-3)
-        return u, v
+        # Under autocast the product is of a lower precision, in which there are no determinants.
+        return u, v, torch.eye(self.rank, dtype=u.dtype, device=u.device) + (v.mT @ u).to(u.dtype)
 
 
 def _check_sizes(input_dim: int, rank: int) -> None:
