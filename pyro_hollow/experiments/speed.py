@@ -131,6 +131,8 @@ def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, label
         for name, function in candidates.items():
             begin = time.perf_counter()
             function()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if turn:
                 times[name].append(time.perf_counter() - begin)
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
@@ -163,13 +165,13 @@ def _forward_backward(bind: Callable[[], Evaluate], x: Tensor, evaluations: int)
     return function
 
 
-def divergence_over_field(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
+def divergence_over_field(dims: Sequence[int], batch: int, repeats: int, device: str = "cpu") -> list[str]:
     """Rows: the price of the divergence relative to the field alone."""
     lines = ["| conditioner | d | parameters | forward | forward + backward |", "|---|---|---|---|---|"]
     for name in CONDITIONERS:
         for d in dims:
-            net = HollowNN(d, conditioner=name)
-            x = torch.randn(batch, d)
+            net = HollowNN(d, conditioner=name).to(device)
+            x = torch.randn(batch, d, device=device)
             binds = {"field": hollow_field(net), "divergence": hollow_divergence(net)}
             turns = repeats if d <= 256 else max(3, repeats // 5)
             label = f"{name}, d = {d}"
@@ -180,7 +182,7 @@ def divergence_over_field(dims: Sequence[int], batch: int, repeats: int) -> list
     return lines
 
 
-def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
+def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int, device: str = "cpu") -> list[str]:
     """Rows: how many times longer the peers take, forward + backward."""
     lines = [
         "| d | parameters | hollow (ms per evaluation) | autograd through the transformer | the same, forward only | "
@@ -188,9 +190,9 @@ def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int) -> list[str
         "|---|---|---|---|---|---|---|",
     ]
     for d in dims:
-        net = HollowNN(d)
-        peer = free_form_peer(d, _count(net))
-        x = torch.randn(batch, d)
+        net = HollowNN(d).to(device)
+        peer = free_form_peer(d, _count(net)).to(device)
+        x = torch.randn(batch, d, device=device)
         binds = {
             "hollow": hollow_divergence(net),
             "source": source_divergence(net),
@@ -225,7 +227,7 @@ SOLVERS = {
 }
 
 
-def tape_over_autograd(sizes: Sequence[tuple[int, int]], repeats: int) -> list[str]:
+def tape_over_autograd(sizes: Sequence[tuple[int, int]], repeats: int, device: str = "cpu") -> list[str]:
     """Rows: whole solves, forward + backward, by tape and by torchdiffeq with automatic differentiation."""
     lines = [
         "| d, batch | solver | by tape (ms) | evaluations | by autograd (ms) | evaluations | ratio |",
@@ -235,7 +237,8 @@ def tape_over_autograd(sizes: Sequence[tuple[int, int]], repeats: int) -> list[s
         net = HollowNN(d, max_rate=4.0)  # as in a flow
         assert isinstance(net.transformer, ClosedFormTransformer)
         nn.init.normal_(net.transformer.output_weight, std=0.1)  # a field that has learned something
-        x = torch.randn(batch, d)
+        net.to(device)
+        x = torch.randn(batch, d, device=device)
         for name, solver in SOLVERS.items():
             flows = {"tape": HollowCNF(net, solver=solver), "autograd": AutogradCNF(net, solver=solver)}
             steps: dict[str, Callable[[], object]] = {k: partial(_step_of_density, f, x) for k, f in flows.items()}
@@ -260,7 +263,7 @@ def _count(net: nn.Module) -> int:
 MEMORY_CASES = ("hollow", "source", "hutchinson", "exact")
 
 
-def memory_of_step(case: str, adjoint: bool, d: int, batch: int) -> float:
+def memory_of_step(case: str, adjoint: bool, d: int, batch: int, device: str = "cpu") -> float:
     """
     Peak memory of one training step of a density, in MiB beyond what is held before it, for a fresh process.
 
@@ -269,21 +272,28 @@ def memory_of_step(case: str, adjoint: bool, d: int, batch: int) -> float:
     :param bool adjoint: gradients by the adjoint method instead of backpropagation through the solver.
     :param int d: the number of coordinates.
     :param int batch: the batch size.
+    :param str device: "cpu" or "cuda".
     """
     net = HollowNN(d)
     solver = Solver("rk4", options={"step_size": 0.25}, adjoint=adjoint)
     transform: HollowCNF | FreeFormCNF = (SourceCNF if case == "source" else HollowCNF)(net, solver=solver)
     if case in ("hutchinson", "exact"):
         transform = FreeFormCNF(free_form_peer(d, _count(net)), divergence=case, solver=solver)
-    x = torch.randn(batch, d)
-    torch.randn(2, 2, requires_grad=True).mm(torch.randn(2, 2)).sum().backward()
+    transform.to(device)
+    x = torch.randn(batch, d, device=device)
+    torch.randn(2, 2, requires_grad=True, device=device).mm(torch.randn(2, 2, device=device)).sum().backward()
     before = _peak_memory()
     _step_of_density(transform, x)
     return _peak_memory() - before
 
 
 def _peak_memory() -> float:
-    """The largest resident size of this process so far, in MiB; elsewhere than on Linux, of its parents, too."""
+    """
+    The most memory that this process has had so far, in MiB: of tensors on the GPU, if it uses one; otherwise its
+    resident size, elsewhere than on Linux that of its parents, too.
+    """
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -291,7 +301,9 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def memory_table(d: int, batch: int, threads: int, cases: Sequence[str] = MEMORY_CASES) -> list[str]:
+def memory_table(
+    d: int, batch: int, threads: int, cases: Sequence[str] = MEMORY_CASES, device: str = "cpu"
+) -> list[str]:
     """Rows: peak memory of a training step, each measured in a process of its own."""
     lines = ["| divergence | backpropagation (MiB) | adjoint (MiB) |", "|---|---|---|"]
     for case in tqdm(cases, desc="memory", leave=False):
@@ -300,7 +312,7 @@ def memory_table(d: int, batch: int, threads: int, cases: Sequence[str] = MEMORY
             code = (
                 f"import torch; torch.set_num_threads({threads})\n"
                 "from pyro_hollow.experiments.speed import memory_of_step\n"
-                f"print(memory_of_step({case!r}, {adjoint}, {d}, {batch}))"
+                f"print(memory_of_step({case!r}, {adjoint}, {d}, {batch}, {device!r}))"
             )
             output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
             cells.append(f"{float(output):.0f}")
@@ -322,16 +334,16 @@ def svi_guides() -> dict[str, Callable[[Any], AutoGuide]]:
     }
 
 
-def svi_steps(dims: Sequence[int], repeats: int) -> list[str]:
+def svi_steps(dims: Sequence[int], repeats: int, device: str = "cpu") -> list[str]:
     """Rows: the time of an SVI step with 32 vectorised particles relative to that with AutoIAFNormal."""
     lines = ["| guide | " + " | ".join(f"d = {d}" for d in dims) + " |", "|---|" + "---|" * len(dims)]
     columns: list[dict[str, str]] = []
     for d in dims:
 
         def model(d: int = d) -> None:
-            width = pyro.sample("width", dist.Normal(0.0, 1.0))
+            width = pyro.sample("width", dist.Normal(torch.zeros((), device=device), 1.0))
             scale = torch.exp(width / 2).unsqueeze(-1)
-            pyro.sample("x", dist.Normal(torch.zeros(d - 1), scale).to_event(1))
+            pyro.sample("x", dist.Normal(scale.new_zeros(d - 1), scale).to_event(1))
 
         pyro.clear_param_store()
         steps = {}
@@ -342,6 +354,8 @@ def svi_steps(dims: Sequence[int], repeats: int) -> list[str]:
                 model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(num_particles=32, vectorize_particles=True)
             )
             steps[name] = svi.step
+            with torch.device(device):  # where Pyro's guides make their transforms, at the first step
+                svi.step()
         times = interleaved(steps, repeats, f"SVI, d = {d}")
         ratios = {name: seconds / times["AutoIAFNormal"] for name, seconds in times.items()}
         columns.append({name: f"{ratio:.2f} ({times[name] * 1e3:.1f} ms)" for name, ratio in ratios.items()})
@@ -352,23 +366,23 @@ def svi_steps(dims: Sequence[int], repeats: int) -> list[str]:
 TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], list[str]]]] = {
     "divergence": (
         "Time of the field with its divergence, relative to the field alone",
-        lambda args: divergence_over_field(args.dims, args.batch_size, args.repeats),
+        lambda args: divergence_over_field(args.dims, args.batch_size, args.repeats, args.device),
     ),
     "peers": (
         "Time of the peers relative to the hollow field with divergence, forward + backward",
-        lambda args: peers_over_hollow([d for d in args.dims if d <= 256], args.batch_size, args.repeats),
+        lambda args: peers_over_hollow([d for d in args.dims if d <= 256], args.batch_size, args.repeats, args.device),
     ),
     "tape": (
         "One training step of a density, solved and differentiated by tape and by autograd",
-        lambda args: tape_over_autograd([(10, 32), (64, 256)], args.repeats),
+        lambda args: tape_over_autograd([(10, 32), (64, 256)], args.repeats, args.device),
     ),
     "svi": (
         "Time of an SVI step with 32 particles, relative to that with AutoIAFNormal, a fresh guide",
-        lambda args: svi_steps((10, 100), 20 * args.repeats),
+        lambda args: svi_steps((10, 100), 20 * args.repeats, args.device),
     ),
     "memory": (
         "Peak memory of a training step of a density (rk4, 4 steps), d = 64",
-        lambda args: memory_table(64, args.batch_size, args.threads),
+        lambda args: memory_table(64, args.batch_size, args.threads, device=args.device),
     ),
 }
 
@@ -387,10 +401,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="samples a batch (default: 256)")
     parser.add_argument("--repeats", type=int, default=15, help="repetitions (default: 15)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, CPU, {args.threads} threads, float32, batch {args.batch_size}")
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
+    print(f"torch {torch.__version__}, {device}, float32, batch {args.batch_size}")
     for name in args.table:
         title, rows = TABLES[name]
         print(f"\n{title}:\n")
