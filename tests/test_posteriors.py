@@ -225,6 +225,31 @@ def test_force_repeats_each_run_once(tmp_path, monkeypatch):
     assert [c for c in configs if c.guide == "multivariate"] == [Config("banana", "multivariate", STEPS, 0)]
 
 
+@pytest.mark.parametrize("schedule, fractions", [("cosine", [0.5, 0.0]), ("constant", [1.0, 1.0])])
+def test_schedules(schedule, fractions, monkeypatch):
+    """Pyro makes an optimizer in the first step, from when on the rate can be set."""
+    rates = []
+
+    class Watched(posteriors.SVI):
+        def step(self):
+            rates.append({own.param_groups[0]["lr"] for own in self.optim.optim_objs.values()})
+            return super().step()
+
+    monkeypatch.setattr(posteriors, "SVI", Watched)
+    posterior, config = load("banana"), Config("banana", "normal", 4, 0, schedule)
+    posteriors.fit(posterior, AutoNormal(posterior.model), config, Result(config))
+    assert rates[0] == set() and all(len(rate) == 1 for rate in rates[1:])
+    assert [rate.pop() for rate in rates[1::2]] == pytest.approx([posteriors.LEARNING_RATE * f for f in fractions])
+
+
+def test_schedules_are_kept_apart(tmp_path):
+    for schedule in ("cosine", "constant"):
+        posteriors.main([*command(tmp_path, "--no-equal-seconds", guide=("normal",)), "--schedule", schedule])
+    kept = [read(path) for path in sorted((tmp_path / "banana").glob("*.json"))]
+    assert sorted(found["config"]["schedule"] for found in kept) == ["constant", "cosine"]
+    assert kept[0]["elbo"] != kept[1]["elbo"]
+
+
 def test_variants_get_a_figure_of_evaluations(tmp_path):
     posteriors.main(command(tmp_path, "--no-equal-seconds", guide=("no-warm-up", "rk4-4"), steps=3))
     assert (tmp_path / "evaluations.png").read_bytes().startswith(b"\x89PNG")

@@ -90,12 +90,17 @@ VARIANTS: dict[str, Callable[[Any], AutoGuide]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides the result of a run, but for the machine."""
+    """
+    All that decides the result of a run, but for the machine.
+
+    :ivar schedule: of the learning rate: "cosine", down to 0, or "constant".
+    """
 
     posterior: str
     guide: str
     steps: int
     seed: int
+    schedule: str = "cosine"
 
 
 @dataclass
@@ -135,11 +140,11 @@ class Result:
 
 def fit(posterior: Posterior, guide: AutoGuide, config: Config, result: Result) -> None:
     """
-    Fits a guide by Adam with clipped gradients and a learning rate that falls along half a cosine.
+    Fits a guide by Adam with clipped gradients and a learning rate that falls along half a cosine, or is constant.
 
     :param posterior: the posterior.
     :param guide: the guide.
-    :param config: the number of steps and the seed.
+    :param config: the number of steps, the seed and the schedule.
     :param result: gets the history and the time.
     """
     pyro.clear_param_store()
@@ -152,8 +157,9 @@ def fit(posterior: Posterior, guide: AutoGuide, config: Config, result: Result) 
     evaluations: list[float] = []
     begin = time.perf_counter()
     for step in tqdm(range(1, config.steps + 1), desc=label, leave=False, mininterval=1.0):
+        fraction = (1 + math.cos(math.pi * step / config.steps)) / 2 if config.schedule == "cosine" else 1.0
         for own in optimizer.optim_objs.values():
-            own.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / config.steps)) / 2
+            own.param_groups[0]["lr"] = LEARNING_RATE * fraction
         losses.append(svi.step())
         evaluations.append(_evaluations(guide))
         if step % every == 0:
@@ -206,7 +212,8 @@ def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Resu
 
 def _stem(folder: Path, config: Config) -> Path:
     """Where a run is kept, without the suffix."""
-    return folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}"
+    schedule = "" if config.schedule == "cosine" else f"-{config.schedule}"
+    return folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}{schedule}"
 
 
 def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, force: bool) -> Result:
@@ -431,6 +438,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--posterior", nargs="+", choices=POSTERIORS, default=list(POSTERIORS), help="default: all")
     parser.add_argument("--guide", nargs="+", choices=names, default=list(GUIDES), help=f"default: {', '.join(GUIDES)}")
     parser.add_argument("--steps", type=positive, default=2000, help="steps (default: 2000)")
+    parser.add_argument(
+        "--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate (default: cosine)"
+    )
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--num-samples", type=int, default=10_000, help="to judge a guide by (default: 10000)")
     parser.add_argument("--no-equal-seconds", action="store_true", help="equal steps only")
@@ -462,7 +472,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for posterior in posteriors:
         # Each run once, though at equal seconds the first guide has the same again.
         one = cache(partial(run, posterior, num_samples=args.num_samples, folder=args.output, force=args.force))
-        configs = {g: [Config(posterior.name, g, args.steps, seed) for seed in args.seed] for g in args.guide}
+        configs = {
+            g: [Config(posterior.name, g, args.steps, seed, args.schedule) for seed in args.seed] for g in args.guide
+        }
         steps[posterior.name] = {g: [one(config) for config in own] for g, own in configs.items()}
         pairs = {
             g: zip(steps[posterior.name][args.guide[0]], own, strict=True) for g, own in steps[posterior.name].items()
