@@ -106,6 +106,21 @@ def test_tape_and_autograd_agree():
     torch.testing.assert_close(*(flow.call_and_ladj(x) for flow in flows))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_speed_without_the_gpu_that_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["--device", "cuda"])
+    assert "--device cuda: torch finds no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_speed_on_a_gpu(capsys):
+    sizes = "--dims 2 --batch-size 4 --repeats 1 --threads 1".split()
+    speed.main([*"--device cuda --table divergence peers tape memory".split(), *sizes])
+    assert torch.cuda.get_device_name() in capsys.readouterr().out
+    assert len(speed.svi_steps((2, 3), 1, "cuda")) == 2 + len(speed.svi_guides())
+
+
 def test_speed_of_svi_steps():
     rows = speed.svi_steps((2, 3), repeats=1)
     assert len(rows) == 2 + len(speed.svi_guides())

@@ -245,9 +245,20 @@ def test_schedules(schedule, fractions, monkeypatch):
 def test_schedules_are_kept_apart(tmp_path):
     for schedule in ("cosine", "constant"):
         posteriors.main([*command(tmp_path, "--no-equal-seconds", guide=("normal",)), "--schedule", schedule])
-    kept = [read(path) for path in sorted((tmp_path / "banana").glob("*.json"))]
-    assert sorted(found["config"]["schedule"] for found in kept) == ["constant", "cosine"]
-    assert kept[0]["elbo"] != kept[1]["elbo"]
+    folders = {"cosine": tmp_path, "constant": tmp_path / "constant"}
+    kept = {}
+    for schedule, folder in folders.items():
+        (path,) = (folder / "banana").glob("*.json")
+        kept[schedule] = read(path)
+        assert kept[schedule]["config"]["schedule"] == schedule
+        assert (folder / "banana.md").exists() and (folder / "banana.png").exists()
+    assert kept["cosine"]["elbo"] != kept["constant"]["elbo"]
+
+
+def test_equal_time_keeps_the_schedule():
+    reference = Result(Config("banana", "hollow", 100, 0, "constant"), milliseconds=2.0)
+    other = Result(Config("banana", "normal", 100, 1, "constant"), milliseconds=1.0)
+    assert equal_time(reference, other) == Config("banana", "normal", 200, 1, "constant")
 
 
 def test_variants_get_a_figure_of_evaluations(tmp_path):

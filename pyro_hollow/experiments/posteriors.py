@@ -212,8 +212,7 @@ def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Resu
 
 def _stem(folder: Path, config: Config) -> Path:
     """Where a run is kept, without the suffix."""
-    schedule = "" if config.schedule == "cosine" else f"-{config.schedule}"
-    return folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}{schedule}"
+    return folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}"
 
 
 def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, force: bool) -> Result:
@@ -445,7 +444,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-samples", type=int, default=10_000, help="to judge a guide by (default: 10000)")
     parser.add_argument("--no-equal-seconds", action="store_true", help="equal steps only")
     parser.add_argument("--data-dir", type=Path, help="the folder with the folder posteriordb")
-    parser.add_argument("--output", type=Path, default=Path("results/posteriors"), help="where results are kept")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("results/posteriors"),
+        help="where results are kept, those of a constant rate in a folder of their own (default: results/posteriors)",
+    )
     parser.add_argument("--force", action="store_true", help="repeat finished runs")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     return parser
@@ -467,11 +471,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except DataError as error:
         parser.error(str(error))
     _wake_up()
+    folder = args.output if args.schedule == "cosine" else args.output / args.schedule
     steps: dict[str, Runs] = {}
     seconds: dict[str, Runs] = {}
     for posterior in posteriors:
         # Each run once, though at equal seconds the first guide has the same again.
-        one = cache(partial(run, posterior, num_samples=args.num_samples, folder=args.output, force=args.force))
+        one = cache(partial(run, posterior, num_samples=args.num_samples, folder=folder, force=args.force))
         configs = {
             g: [Config(posterior.name, g, args.steps, seed, args.schedule) for seed in args.seed] for g in args.guide
         }
@@ -483,8 +488,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds[posterior.name] = {g: [one(equal_time(*pair)) for pair in own] for g, own in pairs.items()}
         table = format_table(posterior, steps[posterior.name], seconds.get(posterior.name, {}))
         print(table, end="\n\n", flush=True)
-        (args.output / f"{posterior.name}.md").write_text(table + "\n")
-        draw(posterior, steps[posterior.name], args.output)
+        (folder / f"{posterior.name}.md").write_text(table + "\n")
+        draw(posterior, steps[posterior.name], folder)
     for label, tables in (("steps", steps), ("seconds", seconds)):
         if tables:
             first = leaders(tables, args.guide[0], 0.0)
@@ -494,7 +499,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     variants = [g for g in args.guide if g in (args.guide[0], *VARIANTS)]
     if len(variants) > 1:
         shown = {name: {g: runs[g][0] for g in variants if runs[g][0].history} for name, runs in steps.items()}
-        draw_evaluations(shown, args.output / "evaluations.png")
+        draw_evaluations(shown, folder / "evaluations.png")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ all results. The peers are a free-form dense network with as many parameters (tw
 trace by batched vector-Jacobian products, as zuko's CNF takes it, and by one Hutchinson probe, as FFJORD does.
 
     python -m pyro_hollow.experiments.speed
+    python -m pyro_hollow.experiments.speed --device cuda
 """
 
 from __future__ import annotations
@@ -282,18 +283,18 @@ def memory_of_step(case: str, adjoint: bool, d: int, batch: int, device: str = "
     transform.to(device)
     x = torch.randn(batch, d, device=device)
     torch.randn(2, 2, requires_grad=True, device=device).mm(torch.randn(2, 2, device=device)).sum().backward()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        _step_of_density(transform, x)
+        return torch.cuda.max_memory_allocated() / 2**20 - before
     before = _peak_memory()
     _step_of_density(transform, x)
     return _peak_memory() - before
 
 
 def _peak_memory() -> float:
-    """
-    The most memory that this process has had so far, in MiB: of tensors on the GPU, if it uses one; otherwise its
-    resident size, elsewhere than on Linux that of its parents, too.
-    """
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
+    """The largest resident size of this process so far, in MiB; elsewhere than on Linux, of its parents, too."""
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -403,6 +404,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU that it can use")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
