@@ -261,6 +261,15 @@ def test_equal_time_keeps_the_schedule():
     assert equal_time(reference, other) == Config("banana", "normal", 200, 1, "constant")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 4])
+def test_overdispersion_with_separate_modes(seed, tmp_path):
+    """Where a fifth of the samples may be restrained, these go astray halfway, with 600 evaluations a solve."""
+    torch.set_default_dtype(torch.float32)  # as users have it; conftest resets it
+    found = run(load("ring"), Config("ring", "overdispersed", 2000, seed), 10_000, tmp_path, force=False)
+    assert not found.failure and found.elbo > -0.15 and found.evaluations < 100 and found.khat < 0.7
+
+
 def test_variants_get_a_figure_of_evaluations(tmp_path):
     posteriors.main(command(tmp_path, "--no-equal-seconds", guide=("no-warm-up", "rk4-4"), steps=3))
     assert (tmp_path / "evaluations.png").read_bytes().startswith(b"\x89PNG")

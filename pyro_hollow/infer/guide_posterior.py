@@ -25,7 +25,7 @@ _MAX_SPREAD = 4096
 # Only the tails of a standard Normal lie beyond: one sample in eight.
 _TAILS_FROM = 1.5
 # The share of samples that may have to be restrained, and how fast the stretching recedes while more are.
-_MAX_RESTRAINED = 0.2
+_MAX_RESTRAINED = 0.15
 _RECESSION = 0.1
 
 
