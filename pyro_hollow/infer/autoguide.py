@@ -98,8 +98,8 @@ class AutoHollowCNF(AutoContinuous):
         integrate, but an evaluation in training costs more.
     :param bool path_gradient: the gradient of the log-density of a sample through the sample alone (Roeder et al.,
         2017; for a CNF, Vaitl et al., 2022). It has the right mean for the ELBO, and a variance that vanishes as the
-        guide becomes exact, so it ends closer to the posterior, most of all with a learning rate that decays. It is
-        biased for objectives that are not linear in the log-density, such as
+        guide becomes exact, so it ends closer to the posterior; but only with a learning rate that decays: at a constant
+        one it is less stable than the default. It is biased for objectives that are not linear in the log-density, such as
         :class:`~pyro.infer.RenyiELBO`, and off with a penalty.
     :param float overdispersion: with the path gradient, train the tails: in training after the warm-up the coordinates
         of base samples are stretched, each by a factor drawn evenly from 1 to this one (2 is a good choice), so that
