@@ -1381,6 +1381,42 @@ def test_parameter_store_in_this_process():
     assert moved(fresh, before)
 
 
+OTHER_SETTINGS = {
+    "diagonal": ({}, {"affine": "diagonal"}),
+    "full": ({"affine": "diagonal"}, {}),
+    "fewer flows": ({"num_transforms": 2}, {}),
+    "more flows": ({}, {"num_transforms": 2}),
+    "other layers": ({}, {"hidden_dims": [4]}),
+    "other conditioner": ({}, {"conditioner": "leave-one-out"}),
+}
+
+
+@pytest.mark.parametrize("saved, loaded", OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
+def test_parameter_store_of_other_settings(saved, loaded):
+    """Pyro would use what fits of it, and the guide be wrong without a word."""
+    settings = {"hidden_dims": [3, 2], "warm_up": 0}
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    AutoHollowCNF(model, **{**settings, **saved})()
+    other = AutoHollowCNF(model, **{**settings, **loaded})
+    for _ in range(2):  # not at the first call alone
+        with pytest.raises(ValueError, match="store has the parameters of a guide .* with other settings"):
+            other()
+    pyro.clear_param_store()
+    assert other()["z"].shape == (2,)
+
+
+def test_parameter_store_of_another_model():
+    def model(d):
+        pyro.sample("z", dist.Normal(torch.zeros(d), 1.0).to_event(1))
+
+    AutoHollowCNF(model, [3, 2], warm_up=0)(2)
+    with pytest.raises(ValueError, match="another number of latents"):
+        AutoHollowCNF(model, [3, 2], warm_up=0)(3)
+
+
 def test_retraining_after_the_store_was_cleared():
     guide = strong(small(vector))
     SVI(vector, guide, Adam({"lr": 0.01}), Trace_ELBO()).step()

@@ -429,7 +429,7 @@ def test_models_that_mix_samples(factor):
     def guide():
         pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match="model must treat samples independently, .* use vectorize=False"):
+    with pytest.raises(ValueError, match="model must treat samples independently, .* use vectorize=False.* dropout"):
         diagnose(model, guide)
     result = diagnose(model, guide, num_samples=100, vectorize=False)
     assert_close(result.log_weights, torch.stack([factor(z) for z in draws(result, "guide")]))

@@ -90,7 +90,8 @@ class AutoHollowCNF(AutoContinuous):
     :param Solver solver: how to integrate; None for "dopri5" at tolerances of 1e-3. To evaluate a fitted guide more
         precisely, set :attr:`solver`.
     :param int warm_up: the number of training calls in which the affine map learns alone; a step makes one call, and
-        as many as there are particles if they are not vectorised. The optimizer meets the flow's parameters after it.
+        as many as there are particles if they are not vectorised. The optimizer meets the flow's parameters after it,
+        and with them begins what :class:`~pyro.optim.lr_scheduler.PyroLRScheduler` schedules for each parameter.
         0 under torch's DistributedDataParallel, which wants gradients for all parameters in every step.
     :param str affine: "full" for a Cholesky factor L, "diagonal" for a diagonal one (for thousands of latents).
     :param float penalty: the weight, in nats, of the kinetic energy and the squared Jacobian norm of the flow
@@ -98,9 +99,9 @@ class AutoHollowCNF(AutoContinuous):
         integrate, but an evaluation in training costs more.
     :param bool path_gradient: the gradient of the log-density of a sample through the sample alone (Roeder et al.,
         2017; for a CNF, Vaitl et al., 2022). It has the right mean for the ELBO, and a variance that vanishes as the
-        guide becomes exact, so it ends closer to the posterior; but only with a learning rate that decays: at a constant
-        one it is less stable than the default. It is biased for objectives that are not linear in the log-density, such as
-        :class:`~pyro.infer.RenyiELBO`, and off with a penalty.
+        guide becomes exact, so it ends closer to the posterior; but only with a learning rate that decays: at a
+        constant one it is less stable than the default. It is biased for objectives that are not linear in the
+        log-density, such as :class:`~pyro.infer.RenyiELBO`, and off with a penalty.
     :param float overdispersion: with the path gradient, train the tails: in training after the warm-up the coordinates
         of base samples are stretched, each by a factor drawn evenly from 1 to this one (2 is a good choice), so that
         the flow learns about places that it would hardly ever sample. The path gradient allows it, for where a guide is
@@ -219,8 +220,22 @@ class AutoHollowCNF(AutoContinuous):
     def _make_from_store(self) -> None:
         """Takes the flows from the store; other parameters come by themselves."""
         self._check_tails(self._pyro_get_fullname("tails") in pyro.get_param_store())
-        self._make(self._init_loc())
+        loc = self._init_loc()
+        self._check_store(self._make_flows(loc), len(loc))
+        self._make(loc)
         pyro.module(self._pyro_get_fullname("flows"), self._modules["flows"], update_module_params=True)
+
+    def _check_store(self, flows: nn.ModuleList, d: int) -> None:
+        """That the store has the parameters of these flows, and those only."""
+        store, name = pyro.get_param_store(), self._pyro_get_fullname("flows")
+        own = {f"{name}$$${key}": parameter.shape for key, parameter in flows.named_parameters()}
+        own[self._pyro_get_fullname("affine")] = torch.Size([d, 1 + (d if self._full else 1)])
+        known = {key: store[key].shape for key in store if key in own or key.startswith(f"{name}$$$")}
+        if known != own:
+            raise ValueError(
+                "Pyro's parameter store has the parameters of a guide for another number of latents or with other "
+                "settings; before you make a guide anew, call pyro.clear_param_store()"
+            )
 
     def _make(self, loc: Tensor) -> None:
         """Makes the parameters: the affine map, location in the first column, and the flows."""
@@ -233,13 +248,17 @@ class AutoHollowCNF(AutoContinuous):
         if self._stretching is not None:
             self._stretching.to(loc)
             self.tails = nn.Parameter(torch.full((d, 2), math.log(_INITIAL_TAIL) / _AFFINE_RATE).to(loc))
+        self.flows = self._make_flows(loc)
+
+    def _make_flows(self, loc: Tensor) -> nn.ModuleList:
+        d = len(loc)
         settings = {"conditioner": "grouped" if d <= _MAX_GROUPED else "leave-one-out", **self._settings}
         # A copy each: a conditioner of the user's own must not be shared.
         own = [copy.deepcopy(settings["conditioner"]) for _ in range(self._num_transforms)]
         flows = [hollow_cnf(d, **{**settings, "conditioner": conditioner}).to(loc) for conditioner in own]
         for flow in flows:
             flow.nn.transformer.reset_to_zero()
-        self.flows = nn.ModuleList(flows)
+        return nn.ModuleList(flows)
 
     @property
     def solver(self) -> Solver:

@@ -126,7 +126,7 @@ def diagnose(
     :param int batch_size: how many samples to draw at once, where memory is short. Defaults to all.
     :param int max_plate_nesting: the largest number of nested plates. Defaults to that of a first run.
     :param bool vectorize: False for one sample at a time, if the model or guide does not allow a further plate.
-    :param kwargs: keyword arguments of both.
+    :param kwargs: keyword arguments of both; give those of the names above by position.
     :raises ValueError: for settings out of range, subsampled plates, latents that the guide does not sample or to which
         it gives a single value, densities that are nan or mix samples, and if no sample has a positive density.
     :raises ImportError: without ArviZ.
@@ -224,7 +224,8 @@ class _Pair:
         if not math.isclose(log_joint, alone, rel_tol=1e-3, abs_tol=1e-3):
             raise ValueError(
                 f"model must treat samples independently, but the log density of one is {log_joint:.6g} next to others "
-                f"and {alone:.6g} alone; reduce single dimensions, as sum(-1) does, or use vectorize=False"
+                f"and {alone:.6g} alone; reduce single dimensions, as sum(-1) does, or use vectorize=False. (If the "
+                "model draws what the guide does not, as dropout or a hidden site does, it has no density to check.)"
             )
 
     def _sample_batch(self, size: int | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
