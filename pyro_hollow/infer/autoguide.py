@@ -221,8 +221,9 @@ class AutoHollowCNF(AutoContinuous):
         """Takes the flows from the store; other parameters come by themselves."""
         self._check_tails(self._pyro_get_fullname("tails") in pyro.get_param_store())
         loc = self._init_loc()
-        self._check_store(self._make_flows(loc), len(loc))
-        self._make(loc)
+        flows = self._make_flows(loc)
+        self._check_store(flows, len(loc))
+        self._make(loc, flows)
         pyro.module(self._pyro_get_fullname("flows"), self._modules["flows"], update_module_params=True)
 
     def _check_store(self, flows: nn.ModuleList, d: int) -> None:
@@ -237,8 +238,8 @@ class AutoHollowCNF(AutoContinuous):
                 "settings; before you make a guide anew, call pyro.clear_param_store()"
             )
 
-    def _make(self, loc: Tensor) -> None:
-        """Makes the parameters: the affine map, location in the first column, and the flows."""
+    def _make(self, loc: Tensor, flows: nn.ModuleList | None = None) -> None:
+        """Makes the parameters: the affine map, location in the first column, and the flows unless there are any."""
         d = len(loc)
         affine = torch.zeros(d, 1 + (d if self._full else 1)).to(loc)
         affine[:, 0] = loc
@@ -248,7 +249,7 @@ class AutoHollowCNF(AutoContinuous):
         if self._stretching is not None:
             self._stretching.to(loc)
             self.tails = nn.Parameter(torch.full((d, 2), math.log(_INITIAL_TAIL) / _AFFINE_RATE).to(loc))
-        self.flows = self._make_flows(loc)
+        self.flows = self._make_flows(loc) if flows is None else flows
 
     def _make_flows(self, loc: Tensor) -> nn.ModuleList:
         d = len(loc)
