@@ -60,7 +60,14 @@ def test_speed_of_the_divergence():
 
 def test_speed_of_the_peers():
     (row,) = speed.peers_over_hollow([3], batch=4, repeats=1)[2:]
-    assert numbers(row)[0] == 3 and len(numbers(row)) == 6
+    assert numbers(row)[0] == 3 and len(numbers(row)) == 7
+
+
+def test_closed_form_and_backward_passes_agree():
+    peer, t, x = speed.free_form_peer(3, 500), torch.tensor(0.3), torch.randn(5, 3)
+    closed, passes = (speed.FreeFormCNF(net)._bind() for net in (peer, speed.Opaque(peer)))
+    assert closed._kernel is not None and passes._kernel is None
+    torch.testing.assert_close(closed.with_divergence(t, x), passes.with_divergence(t, x))
 
 
 @pytest.mark.parametrize("d", (2, 16, 64))

@@ -33,7 +33,8 @@ from pyro_hollow import (
     conditional_free_form_cnf,
     free_form_cnf,
 )
-from pyro_hollow.transforms import FreeFormNN, LowRankFreeFormNN
+from pyro_hollow.transforms import ConditionedFreeFormCNF, FreeFormNN, LowRankFreeFormNN
+from pyro_hollow.transforms.free_form_cnf import _ELEMENTWISE
 
 every_probe = pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
 strong_free_form = MODULES["free-form"]
@@ -100,6 +101,129 @@ def test_exact_divergence(input_dim):
     assert_close(value, flow.nn(t, x), rtol=0, atol=0)
     jacobians = torch.vmap(torch.func.jacrev(lambda x: flow.nn(t, x)))(x.view(-1, input_dim))
     assert_close(divergence, jacobians.diagonal(dim1=1, dim2=2).sum(-1).view(3, 4))
+
+
+HIDDEN = pytest.mark.parametrize(
+    "hidden_dims", [(), (5,), (5, 6), (5, 6, 4)], ids=["no hidden layer", "one", "two", "three"]
+)
+
+
+def dense(kind, hidden_dims=(5, 6), nonlinearity=None):
+    """A network with parameters that are far from zero, and a context for it, or None."""
+    if kind == "low rank":
+        network = LowRankFreeFormNN(3, CONTEXT_DIM, hidden_dims, 2, nonlinearity)
+    else:
+        network = FreeFormNN(3, CONTEXT_DIM if kind == "context" else 0, hidden_dims, nonlinearity)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.5)
+    return network, None if kind == "no context" else torch.randn(4, CONTEXT_DIM, requires_grad=True)
+
+
+def by_jacobian(network, t, x, context):
+    """The trace of each sample's whole Jacobian."""
+    jacobian = torch.autograd.functional.jacobian(lambda x: network(t, x, context).sum((0, 1)), x)
+    return jacobian.diagonal(dim1=0, dim2=-1).sum(-1)
+
+
+every_kind = pytest.mark.parametrize("kind", ["no context", "context", "low rank"])
+
+
+@every_kind
+@HIDDEN
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_trace_in_closed_form(kind, hidden_dims, dtype):
+    torch.set_default_dtype(dtype)
+    network, context = dense(kind, hidden_dims, nn.Tanh())
+    t, x = torch.tensor(0.3), torch.randn(2, 4, 3)
+    field = ConditionedFreeFormCNF(network, context)._bind()
+    assert (field._kernel is None) == (len(hidden_dims) == 3)
+    value, divergence = field.with_divergence(t, x)
+    assert_close(value, network(t, x, context))
+    assert_close(divergence, by_jacobian(network, t, x, context))
+    with torch.no_grad():
+        assert_close(field.with_divergence(t, x), (value.detach(), divergence.detach()))
+
+
+@pytest.mark.parametrize("nonlinearity", _ELEMENTWISE, ids=lambda kind: kind.__name__)
+def test_trace_for_every_activation(nonlinearity):
+    network, context = dense("context", nonlinearity=nonlinearity())
+    t, x = torch.tensor(0.3), torch.randn(1, 4, 3)
+    field = ConditionedFreeFormCNF(network, context)._bind()
+    assert field._kernel is not None
+    assert_close(field.with_divergence(t, x)[1], by_jacobian(network, t, x, context))
+
+
+@every_kind
+@pytest.mark.parametrize("nonlinearity", [nn.Softmax(-1), nn.Sequential(nn.Tanh())], ids=["softmax", "unknown"])
+def test_trace_where_no_closed_form_is_known(kind, nonlinearity):
+    """A softmax mixes the numbers of a layer, so the closed form would be wrong."""
+    network, context = dense(kind, nonlinearity=nonlinearity)
+    t, x = torch.tensor(0.3), torch.randn(1, 4, 3)
+    field = ConditionedFreeFormCNF(network, context)._bind()
+    assert field._kernel is None
+    assert_close(field.with_divergence(t, x)[1], by_jacobian(network, t, x, context))
+
+
+@every_kind
+@HIDDEN
+def test_gradients_of_the_trace(kind, hidden_dims):
+    """Against backward passes, of a whole log-determinant."""
+    network, context = dense(kind, hidden_dims)
+    x, results = torch.randn(4, 3, requires_grad=True), []
+    wanted = [x, *network.parameters(), *([] if context is None else [context])]
+    for closed in (True, False):
+        flow = ConditionedFreeFormCNF(network, context, solver=QUICK)
+        if not closed:
+            flow._bind = partial(bind_by_backward_passes, flow)
+        y, ladj = flow.call_and_ladj(x)
+        results.append(torch.autograd.grad((y.sin().sum(-1) + ladj.square()).sum(), wanted))
+    assert_close(results[0], results[1])
+
+
+def bind_by_backward_passes(flow):
+    field = type(flow)._bind(flow)
+    field._kernel, field.tensors = None, field._field.tensors
+    return field
+
+
+@every_kind
+def test_second_derivatives_of_the_trace(kind):
+    network, context = dense(kind)
+    inputs = [torch.randn(4, 3, requires_grad=True), *([] if context is None else [context])]
+
+    def divergence(x, context=None):
+        return ConditionedFreeFormCNF(network, context)._bind().with_divergence(torch.tensor(0.3), x)[1]
+
+    assert torch.autograd.gradcheck(divergence, inputs)
+    assert torch.autograd.gradgradcheck(divergence, inputs)
+
+
+def test_wide_layers_of_each_samples_own():
+    """For 3 dimensions backward passes take less memory than a kernel of 64 x 64 numbers a sample."""
+    network, context = dense("low rank", (64, 64))
+    t, x = torch.tensor(0.3), torch.randn(1, 4, 3)
+    field = ConditionedFreeFormCNF(network, context)._bind()
+    assert field._kernel is None
+    assert_close(field.with_divergence(t, x)[1], by_jacobian(network, t, x, context))
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_free_form_network_by_hand(context_dim):
+    network = FreeFormNN(3, context_dim, [5, 6], nn.Tanh())
+    t, x = torch.tensor(0.3), torch.randn(3)
+    context = torch.randn(context_dim)
+    h = torch.cat([x, t.view(1), context])
+    for layer in network.layers[:-1]:
+        h = layer(h).tanh()
+    assert_close(network(t, x, context if context_dim else None), network.layers[-1](h))
+
+
+@pytest.mark.parametrize("context_dim, context, got", [(0, 2, 2), (2, None, 0), (2, 3, 3)])
+def test_free_form_network_with_a_wrong_context(context_dim, context, got):
+    network = FreeFormNN(3, context_dim, [5])
+    with pytest.raises(ValueError, match=f"context must have {context_dim} dimensions, but got {got}"):
+        network(torch.tensor(0.3), torch.randn(4, 3), None if context is None else torch.randn(4, context))
 
 
 # Estimated divergence

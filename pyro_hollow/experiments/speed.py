@@ -7,7 +7,8 @@ What an exact divergence costs: ratios of times measured side by side in one run
 Every time is the median over repetitions in which the candidates take turns. One repetition binds the field, evaluates
 it 8 times, as two Runge-Kutta steps do, and, for "forward + backward", backpropagates from a random linear function of
 all results. The peers are a free-form dense network with as many parameters (two hidden layers, softplus), with its
-trace by batched vector-Jacobian products, as zuko's CNF takes it, and by one Hutchinson probe, as FFJORD does.
+trace by one Hutchinson probe, as FFJORD takes it; by batched vector-Jacobian products, as zuko's CNF does; and in
+closed form, as :class:`~pyro_hollow.transforms.FreeFormCNF` does for a network of this form.
 
     python -m pyro_hollow.experiments.speed
     python -m pyro_hollow.experiments.speed --device cuda
@@ -119,6 +120,19 @@ def free_form_divergence(net: nn.Module, divergence: str) -> Callable[[], Evalua
     return lambda: FreeFormCNF(net, divergence=divergence)._bind().with_divergence
 
 
+class Opaque(nn.Module):
+    """A network that nothing is known of, so that its exact trace takes backward passes."""
+
+    def __init__(self, net: FreeFormNN) -> None:
+        super().__init__()
+        self.input_dim = net.input_dim
+        self.net = net
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """See :class:`~pyro_hollow.transforms.FreeFormNN`."""
+        return self.net(t, x)
+
+
 def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, float]:
     """
     The median time of each candidate in seconds, taking turns.
@@ -187,8 +201,8 @@ def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int, device: str
     """Rows: how many times longer the peers take, forward + backward."""
     lines = [
         "| d | parameters | hollow (ms per evaluation) | autograd through the transformer | the same, forward only | "
-        "one Hutchinson probe | exact trace |",
-        "|---|---|---|---|---|---|---|",
+        "one Hutchinson probe | exact trace in closed form | exact trace by backward passes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for d in dims:
         net = HollowNN(d).to(device)
@@ -198,6 +212,7 @@ def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int, device: str
             "hollow": hollow_divergence(net),
             "source": source_divergence(net),
             "hutchinson": free_form_divergence(peer, "hutchinson"),
+            "exact": free_form_divergence(peer, "exact"),
         }
         label = f"peers, d = {d}"
         times = interleaved({k: _forward_backward(b, x, EVALUATIONS) for k, b in binds.items()}, repeats, label)
@@ -206,17 +221,18 @@ def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int, device: str
             times["source"] / times["hollow"],
             forward["source"] / forward["hollow"],
             times["hutchinson"] / times["hollow"],
+            times["exact"] / times["hollow"],
         ]
         cells = [f"{ratio:.2f}" for ratio in ratios]
-        # The exact trace takes seconds and gigabytes: one evaluation against one.
-        exact = "-"
+        # Backward passes take seconds and gigabytes: one evaluation against one.
+        passes = "-"
         if d <= 64:
-            pair = {"hollow": hollow_divergence(net), "exact": free_form_divergence(peer, "exact")}
+            pair = {"hollow": hollow_divergence(net), "passes": free_form_divergence(Opaque(peer), "exact")}
             alone = interleaved({k: _forward_backward(b, x, 1) for k, b in pair.items()}, max(3, repeats // 8), label)
-            exact = f"{alone['exact'] / alone['hollow']:.0f}"
+            passes = f"{alone['passes'] / alone['hollow']:.0f}"
         milliseconds = times["hollow"] / EVALUATIONS * 1e3
         lines.append(
-            f"| {d} | {_count(net):,} / {_count(peer):,} | {milliseconds:.2f} | {' | '.join(cells)} | {exact} |"
+            f"| {d} | {_count(net):,} / {_count(peer):,} | {milliseconds:.2f} | {' | '.join(cells)} | {passes} |"
         )
     return lines
 
@@ -261,15 +277,15 @@ def _count(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-MEMORY_CASES = ("hollow", "source", "hutchinson", "exact")
+MEMORY_CASES = ("hollow", "source", "hutchinson", "exact", "passes")
 
 
 def memory_of_step(case: str, adjoint: bool, d: int, batch: int, device: str = "cpu") -> float:
     """
     Peak memory of one training step of a density, in MiB beyond what is held before it, for a fresh process.
 
-    :param str case: "hollow", "source" (autograd through the transformer), or the free-form peer's "hutchinson" or
-        "exact".
+    :param str case: "hollow", "source" (autograd through the transformer), or the free-form peer's "hutchinson",
+        "exact" (in closed form) or "passes" (exact by backward passes).
     :param bool adjoint: gradients by the adjoint method instead of backpropagation through the solver.
     :param int d: the number of coordinates.
     :param int batch: the batch size.
@@ -278,8 +294,10 @@ def memory_of_step(case: str, adjoint: bool, d: int, batch: int, device: str = "
     net = HollowNN(d)
     solver = Solver("rk4", options={"step_size": 0.25}, adjoint=adjoint)
     transform: HollowCNF | FreeFormCNF = (SourceCNF if case == "source" else HollowCNF)(net, solver=solver)
-    if case in ("hutchinson", "exact"):
-        transform = FreeFormCNF(free_form_peer(d, _count(net)), divergence=case, solver=solver)
+    if case in ("hutchinson", "exact", "passes"):
+        peer = free_form_peer(d, _count(net))
+        divergence = "hutchinson" if case == "hutchinson" else "exact"
+        transform = FreeFormCNF(Opaque(peer) if case == "passes" else peer, divergence=divergence, solver=solver)
     transform.to(device)
     x = torch.randn(batch, d, device=device)
     torch.randn(2, 2, requires_grad=True, device=device).mm(torch.randn(2, 2, device=device)).sum().backward()
