@@ -27,7 +27,14 @@ QUICK = Solver("dopri5", rtol=1e-3, atol=1e-3)
 STOCHASTIC = ("ffjord", "hollow-stochastic")
 #: How many differential equations a sample takes, where it takes any.
 SOLVES = {"hollow-low-rank-2": 2} | dict.fromkeys((*STOCHASTIC, "hollow", "hollow-low-rank", "free-form-exact"), 1)
-EXACT = ("hollow", "hollow-path", "hollow-low-rank-2", "hollow-low-rank-2-path", "free-form-exact")
+EXACT = (
+    "hollow",
+    "hollow-path",
+    "hollow-low-rank-2",
+    "hollow-low-rank-2-path",
+    "free-form-exact",
+    "free-form-exact-path",
+)
 CONTINUOUS = (*STOCHASTIC, *EXACT)
 
 flows = pytest.mark.parametrize("name", FLOWS)

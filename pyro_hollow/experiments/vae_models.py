@@ -126,7 +126,9 @@ INNER: dict[str, Callable[..., list[nn.Module]]] = {
     "hollow-low-rank-2": _hollow_low_rank,
 }
 #: Some of them once more, to be trained with the path gradient.
-PATH_GRADIENT = tuple(f"{name}-path" for name in ("none", "sylvester", "sylvester-16", "hollow", *INNER))
+PATH_GRADIENT = tuple(
+    f"{name}-path" for name in ("none", "sylvester", "sylvester-16", "hollow", "free-form-exact", *INNER)
+)
 FLOWS |= {name: FLOWS[name.removesuffix("-path")] for name in PATH_GRADIENT}
 #: Those that solve differential equations.
 CONTINUOUS = tuple(name for name in FLOWS if name.startswith(("ffjord", "hollow", "free-form")))
