@@ -985,6 +985,23 @@ def test_quantiles_are_deterministic_and_draw_nothing():
     assert (first["scale"][0] < first["scale"][1]).all()
 
 
+def test_quantiles_before_the_first_call():
+    def model(count):
+        pyro.sample("z", dist.Normal(torch.arange(count) + 0.0, 1.0).to_event(1))
+
+    guides = []
+    for early in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        guides.append(small(model))
+        if early:
+            median = guides[0].median(3)
+            assert median["z"].shape == (3,)
+        else:
+            ready(guides[1], 3)
+    assert torch.equal(guides[0].median()["z"], guides[1].median()["z"])
+
+
 # Pyro's tools
 
 

@@ -569,6 +569,36 @@ def test_guides_of_a_single_value(way):
         diagnose(location, AutoDelta(location), X, num_samples=25, **way)
 
 
+@pytest.mark.parametrize("name", ["chain", "draw", "x_dim_0"])
+def test_names_of_dimensions(name):
+    """ArviZ would lose the draws of these sites, or fail."""
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=f"site '{name}' of the model has a name that ArviZ gives to a dimension"):
+        diagnose(model, AutoNormal(model))
+
+
+@pytest.mark.parametrize("name", ["chains", "x_dim_1", "y_dim_0"])
+def test_names_like_those_of_dimensions(name):
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    draws = diagnose(model, AutoNormal(model)).posterior.posterior
+    assert set(draws) == {"x", name} and draws[name].shape == (1, 4000) and draws["x"].shape == (1, 4000, 3)
+
+
+def test_sites_without_elements():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("none", dist.Normal(torch.zeros(0), 1.0).to_event(1))
+
+    assert diagnose(model, AutoNormal(model)).posterior.posterior["none"].shape == (1, 4000, 0)
+
+
 def test_structure_that_changes():
     def model():
         size = 2 + int(pyro.sample("size", dist.Bernoulli(0.5)))

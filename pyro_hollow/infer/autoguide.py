@@ -345,6 +345,8 @@ class AutoHollowCNF(AutoContinuous):
         :param quantiles: A list of requested quantiles between 0 and 1.
         :return: A dict mapping sample site name to a tensor of quantile values, stacked in the first dimension.
         """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
         result: dict[str, list[Tensor]] = {}
         for latent in self._marginal_quantiles(quantiles):
             for site, value in self._unpack_latent(latent):

@@ -128,7 +128,8 @@ def diagnose(
     :param bool vectorize: False for one sample at a time, if the model or guide does not allow a further plate.
     :param kwargs: keyword arguments of both; give those of the names above by position.
     :raises ValueError: for settings out of range, subsampled plates, latents that the guide does not sample or to which
-        it gives a single value, densities that are nan or mix samples, and if no sample has a positive density.
+        it gives a single value, or that are named as a dimension of ArviZ ("chain", "draw", "<site>_dim_0"), densities
+        that are nan or mix samples, and if no sample has a positive density.
     :raises ImportError: without ArviZ.
 
     References:
@@ -194,6 +195,7 @@ class _Pair:
                 f"guide must sample all latent sites of the model, but does not sample {missing}; "
                 "add them to the guide, or marginalise them out of the model"
             )
+        _check_names(self.prototypes)
         self.points = [name for name in self.prototypes if isinstance(guide_trace.nodes[name]["fn"], dist.Delta)]
 
     def sample(self, num_samples: int, batch_size: int, vectorize: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -207,7 +209,7 @@ class _Pair:
         log_joint, log_guide = torch.cat(joints), torch.cat(guides)
         samples = {name: torch.cat([values[name] for values in latents]) for name in self.prototypes}
         for name in self.points:  # where they vary, the density is that of an auxiliary site
-            if bool((samples[name] == samples[name][:1]).all()):
+            if samples[name].numel() and bool((samples[name] == samples[name][:1]).all()):
                 raise ValueError(
                     f"guide has a single value for site {name!r}, as AutoDelta has, and so no density to weigh it by; "
                     "use a guide with a spread"
@@ -277,6 +279,16 @@ def _plate_nesting(trace: poutine.Trace, owner: str) -> int:
             "the size of its first call unless it has create_plates)"
         )
     return max((-frame.dim for frame in frames if frame.vectorized), default=0)
+
+
+def _check_names(latents: dict[str, Tensor]) -> None:
+    """That no latent has the name of a dimension, which a data set of xarray would take it for."""
+    dimensions = {f"{name}_dim_{i}" for name, value in latents.items() for i in range(value.dim())}
+    for name in latents:
+        if name in {"chain", "draw"} | dimensions:
+            raise ValueError(
+                f"site {name!r} of the model has a name that ArviZ gives to a dimension of its data sets; rename it"
+            )
 
 
 def _latents(trace: poutine.Trace) -> dict[str, Tensor]:
