@@ -8,7 +8,15 @@ from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 
 from pyro_hollow.nn import HollowNN
-from pyro_hollow.ops import dimwise_derivatives, divergence, split_jacobian
+from pyro_hollow.ops import (
+    HollowOperator,
+    dimwise_derivatives,
+    divergence,
+    field_derivatives,
+    split_jacobian,
+    time_derivative,
+)
+from pyro_hollow.ops import jacobian as jacobian_by_rows
 
 D = 4
 TIME = torch.tensor(0.3, dtype=torch.float64)
@@ -326,3 +334,56 @@ def test_inference_mode_is_refused():
             divergence(lambda x, h: x * h[..., 0], x, x.flip(-1).unsqueeze(-1))
         with pytest.raises(RuntimeError, match="inference_mode"):
             jacobian.hollow.dense()
+
+
+MODULE_NET = HollowNN(D, transformer=nn.Linear(34, 1)).double().requires_grad_(False)
+VMAPPED = {
+    "divergence": lambda field, x: divergence(field.transformer, x, field.conditioner(x)),
+    "split": lambda field, x: split_jacobian(field.transformer, field.conditioner, x).hollow.vjp(x),
+    "jacobian": lambda field, x: jacobian_by_rows(lambda x: field.transformer(x, field.conditioner(x)), x),
+    "field": lambda field, x: field_derivatives(lambda t, x: field.transformer(x, field.conditioner(x)), TIME, x, 1)[1],
+    "module": lambda field, x: MODULE_NET.bind().with_divergence(TIME, x)[1],
+}
+
+
+@pytest.mark.parametrize("function", VMAPPED.values(), ids=VMAPPED)
+def test_vmap_is_refused(function):
+    """There tensors do not require gradients, and what does not would have no derivative."""
+    field = PlainField()
+    for parameter in field.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="vmap leaves no derivatives to take; give the samples as a batch"):
+        torch.func.vmap(lambda x: function(field, x))(torch.randn(5, D))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("kind", ["functions", "module"])
+def test_tangents_without_gradients(kind, frozen):
+    net = HollowNN(D, transformer=nn.Sequential(nn.Linear(34, 8), nn.Tanh(), nn.Linear(8, 1)))
+    net.requires_grad_(not frozen)
+    x = torch.randn(5, D)
+    if kind == "module":
+
+        def second(t, x):
+            return net.bind().dimwise_derivatives(t, x, 2)[2]
+
+    else:
+
+        def second(t, x):
+            return field_derivatives(lambda t, x: (t * x).sin() * x.roll(1, -1), t, x, 2)[2]
+
+    step = 1e-4
+    expected = (second(TIME + step, x) - second(TIME - step, x)).detach() / (2 * step)
+    assert expected.abs().max() > 1e-3
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            torch.testing.assert_close(time_derivative(second, TIME, x)[1].detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [lambda x, h: x * h, lambda x, h: (x * h[..., 0]).sum(-1)], ids=["more", "less"])
+def test_transformers_of_another_shape(function):
+    x, h = torch.randn(D, D), torch.randn(D, D, 1)
+    with pytest.raises(ValueError, match=r"transformer must return the shape of x, \(4, 4\), but returned"):
+        dimwise_derivatives(function, x, h, 1)
+    with pytest.raises(ValueError, match=r"transformer must return the shape of x, \(4, 4\), but returned"):
+        HollowOperator(function, lambda x: h, x).vjp(x)

@@ -204,3 +204,25 @@ def test_errors():
         differential_operator(lambda t, x: x, torch.tensor(0.0), x, [])
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         field_derivatives(lambda t, x: x.sin(), torch.tensor(0.0), x, 1)
+
+
+@pytest.mark.parametrize("scalar", [False, True], ids=["vector", "scalar"])
+@pytest.mark.parametrize("k, shape", [(0, (5, 1, 1)), (0, (2, 5, 3)), (1, (5,)), (1, (2, 5, 3)), (2, (4,))], ids=str)
+def test_coefficients_that_do_not_broadcast(k, shape, scalar):
+    """One of shape (*,) for a field in one dimension would make an outer product of samples."""
+    coefficients = [0.0] * 3
+    coefficients[k] = torch.ones(shape)
+    field = (lambda t, x: x.square().sum(-1)) if scalar else (lambda t, x: x.square())
+    with pytest.raises(ValueError, match=rf"coefficients\[{k}\] must be a number or a tensor that broadcasts to"):
+        differential_operator(field, torch.tensor(0.0), torch.randn(5, 3), coefficients)
+
+
+def test_coefficients_of_one_dimension():
+    t, x = torch.tensor(0.3), torch.randn(5, 1)
+    with pytest.raises(ValueError, match=r"coefficients\[1\] .* broadcasts to \(5, 1\), but has shape \(5,\)"):
+        differential_operator(lambda t, x: x.sin().squeeze(-1), t, x, [0.0, torch.ones(5)])
+    with pytest.raises(ValueError, match=r"coefficients\[0\] .* broadcasts to \(5,\), but has shape \(5, 1\)"):
+        differential_operator(lambda t, x: x.sin().squeeze(-1), t, x, [torch.ones(5, 1)])
+    weights = torch.randn(5)
+    result = differential_operator(lambda t, x: x.sin().squeeze(-1), t, x, [weights, weights.unsqueeze(-1)])
+    assert_close(result, weights * (x.sin() + x.cos()).squeeze(-1))

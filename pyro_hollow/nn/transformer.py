@@ -240,8 +240,11 @@ class _BoundModule(BoundTransformer):
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() leaves no derivatives to take; use torch.no_grad()")
         create_graph = torch.is_grad_enabled() and any(v.requires_grad for v in (x, h, *self.tensors))
+        create_graph = create_graph or torch.autograd.forward_ad._current_level >= 0  # a tangent needs it, too
         with torch.enable_grad():
             alias = x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
+            if not alias.requires_grad:
+                raise RuntimeError("torch.vmap leaves no derivatives to take; give the samples as a batch instead")
             results = [self._value(t, alias, h)]
             for k in range(order):
                 last = k == order - 1

@@ -43,8 +43,8 @@ def dimwise_derivatives(transformer: Transformer, x: Tensor, h: Tensor, order: i
     :param Tensor h: hidden units with shape ``(*, d, d_h)``, attached to the graph that made them.
     :param int order: the highest order, 0 or more.
     :returns: ``(f, D1, ..., Dk)``, each with shape ``(*, d)``; differentiable where gradients are enabled.
-    :raises ValueError: if order is negative.
-    :raises RuntimeError: in inference mode, where nothing can be differentiated.
+    :raises ValueError: if order is negative, or f has another shape than x.
+    :raises RuntimeError: in inference mode and under vmap, where nothing can be differentiated.
 
     Example usage:
 
@@ -55,20 +55,34 @@ def dimwise_derivatives(transformer: Transformer, x: Tensor, h: Tensor, order: i
     """
     if order < 0:
         raise ValueError(f"order must be 0 or more, but got {order}")
-    create_graph = torch.is_grad_enabled()
+    create_graph = _wants_graph()
     with torch.enable_grad():
         alias = _alias(x)
-        results = [transformer(alias, h)]
+        results = [_checked(transformer(alias, h), x)]
         for k in range(1, order + 1):
             results.append(_sum_gradient(results[-1], alias, create_graph or k < order))
     return tuple(results) if create_graph else tuple(result.detach() for result in results)
+
+
+def _wants_graph() -> bool:
+    """Whether results are differentiated further, be it forward, for which gradients need not be enabled."""
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _alias(x: Tensor) -> Tensor:
     """A tensor equal to x to differentiate with respect to; gradients and tangents of x pass through it."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("torch.inference_mode() leaves no derivatives to take; use torch.no_grad()")
-    return x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
+    alias = x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
+    if not alias.requires_grad:
+        raise RuntimeError("torch.vmap leaves no derivatives to take; give the samples as a batch instead")
+    return alias
+
+
+def _checked(f: Tensor, x: Tensor) -> Tensor:
+    if f.shape != x.shape:
+        raise ValueError(f"transformer must return the shape of x, {tuple(x.shape)}, but returned {tuple(f.shape)}")
+    return f
 
 
 def _sum_gradient(value: Tensor, x: Tensor, create_graph: bool) -> Tensor:
@@ -105,14 +119,14 @@ class HollowOperator:
     def _evaluate(self) -> tuple[Tensor, Tensor]:
         """f, and the alias of x that it depends on through the hidden units alone."""
         alias = _alias(self._x)
-        return self._transformer(self._x, self._conditioner(alias)), alias
+        return _checked(self._transformer(self._x, self._conditioner(alias)), alias), alias
 
     def vjp(self, v: Tensor) -> Tensor:
         r"""
         :param Tensor v: with shape ``(*, d)``.
         :returns: :math:`H^T v` with shape ``(*, d)``, by one backward pass.
         """
-        create_graph = torch.is_grad_enabled()
+        create_graph = _wants_graph()
         with torch.enable_grad():
             f, alias = self._evaluate()
             return _vjp(f, alias, v, create_graph)
@@ -123,7 +137,7 @@ class HollowOperator:
         :returns: :math:`H v` with shape ``(*, d)``, by two backward passes: :math:`H^T u` is linear in u, and its own
             vector-Jacobian product in u with v is :math:`H v`.
         """
-        create_graph = torch.is_grad_enabled()
+        create_graph = _wants_graph()
         with torch.enable_grad():
             f, alias = self._evaluate()
             u = torch.zeros_like(f, requires_grad=True)

@@ -20,7 +20,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from .derivatives import _alias, _sum_gradient
+from .derivatives import _alias, _sum_gradient, _wants_graph
 
 __all__ = ["DimwiseField", "differential_operator", "field_derivatives", "time_derivative"]
 
@@ -49,7 +49,7 @@ def field_derivatives(field: FieldFunction | DimwiseField, t: Tensor, x: Tensor,
     :param int order: the highest order, 0 or more.
     :returns: ``(f, D1, ..., Dk)``, the derivatives with shape ``(*, d)``; differentiable where gradients are enabled.
     :raises ValueError: for a negative order, and for a function whose values have another shape.
-    :raises RuntimeError: in inference mode, where nothing can be differentiated.
+    :raises RuntimeError: in inference mode and under vmap, where nothing can be differentiated.
 
     Example usage:
 
@@ -63,7 +63,7 @@ def field_derivatives(field: FieldFunction | DimwiseField, t: Tensor, x: Tensor,
     own = getattr(field, "dimwise_derivatives", None)
     if own is not None:
         return own(t, x, order)
-    create_graph = torch.is_grad_enabled()
+    create_graph = _wants_graph()
     with torch.enable_grad():
         alias = _alias(x)
         value = field(t, alias)
@@ -133,7 +133,7 @@ def differential_operator(
     :param coefficients: :math:`a_0, \dots, a_K`, each a number or a tensor that broadcasts to ``(*, d)``; of a scalar
         field, :math:`a_0` broadcasts to ``(*,)``.
     :returns: :math:`L f` with shape ``(*, d)``, or :math:`L u` with shape ``(*,)``.
-    :raises ValueError: if there are no coefficients.
+    :raises ValueError: if there are no coefficients, or one does not broadcast.
 
     Example usage, the heat equation :math:`\partial_t u = \frac{1}{4} \partial_x^2 u` on :math:`[0, \pi]` from
     :math:`\sin x`, with u = 0 at both ends; the solution is :math:`e^{-t/4} \sin x`:
@@ -155,6 +155,20 @@ def differential_operator(
     if len(coefficients) == 0:
         raise ValueError("coefficients must hold one or more of a_0, ..., a_K, but got none")
     value, *derivatives = field_derivatives(field, t, x, len(coefficients) - 1)
+    for k, coefficient in enumerate(coefficients):
+        _check_coefficient(k, coefficient, x.shape if k > 0 else value.shape)
     total = coefficients[0] * value
     terms = sum((a * d for a, d in zip(coefficients[1:], derivatives, strict=True)), torch.zeros_like(x))
     return total + (terms.sum(-1) if value.dim() < x.dim() else terms)
+
+
+def _check_coefficient(k: int, coefficient: Tensor | float, shape: torch.Size) -> None:
+    if not isinstance(coefficient, Tensor):
+        return
+    try:
+        coefficient.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"coefficients[{k}] must be a number or a tensor that broadcasts to {tuple(shape)}, but has shape "
+            f"{tuple(coefficient.shape)}"
+        ) from None
