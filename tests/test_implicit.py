@@ -596,3 +596,45 @@ def test_autocast_does_not_round_the_state():
             Solver("bdf", 1e-5, 1e-5).integrate(lambda t, x: -x, torch.ones(1, 1, dtype=torch.float32), 0.0, 1.0).state
         )
     assert end.dtype == torch.float32 and abs(end.item() - math.exp(-1)) < 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_what_acts_later(method):
+    """A dose, or a switch: at the beginning nothing depends on the weight."""
+    weight = torch.tensor([1.5, 0.5], requires_grad=True)
+    x = torch.tensor([[1.0, 2.0]])
+
+    def field(t, x):
+        return -x * weight if 0.5 < float(t) else -x
+
+    end = Solver(method, 1e-6, 1e-6, options={"corrector": "newton"}).integrate(field, x, 0.0, 1.0).state
+    (gradient,) = torch.autograd.grad(end.sum(), weight)
+    exact = x[0] * torch.exp(-0.5 - 0.5 * weight.detach())
+    torch.testing.assert_close(gradient, -0.5 * exact, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_backward_past_a_state_that_nobody_uses(method):
+    rate = torch.tensor(1.5, requires_grad=True)
+    end = Solver(method, 1e-4, 1e-4, options={"corrector": "newton"}).integrate(
+        lambda t, x: -rate * x, torch.ones(1, 2), 0.0, 1.0
+    )
+    (gradient,) = torch.autograd.grad(Undefined.apply(end.state), rate, torch.ones(1, 2), allow_unused=True)
+    assert gradient is None or gradient == 0
+
+
+class Undefined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+@pytest.mark.parametrize("method, advised", [("dopri5", True), ("bdf", False), ("kencarp4", False)])
+def test_advice_on_stiff_fields(method, advised):
+    with pytest.raises(SolverError, match="raise max_nfe") as raised:
+        Solver(method, 1e-6, 1e-6, max_nfe=12).integrate(lambda t, x: -50 * x, torch.ones(1, 2), 0.0, 1.0)
+    assert ("Solver('bdf')" in str(raised.value)) == advised

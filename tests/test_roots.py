@@ -262,3 +262,19 @@ def test_coordinate_that_is_a_root_may_have_no_slope():
         torch.tensor([[1.0, 0.0]]),
     )
     assert_close(result.value, torch.tensor([[2.0**0.5, 0.0]]))
+
+
+@pytest.mark.parametrize("find", [jacobi_newton, newton], ids=["jacobi-newton", "newton"])
+def test_gradients_against_differences(find):
+    """gradcheck also asks for the gradient where nothing depends on the root."""
+    weight = torch.rand(3, 2, requires_grad=True)
+
+    def root(weight):
+        def function(x):
+            return x**3 + x - weight
+
+        if find is newton:
+            return newton(function, torch.zeros(3, 2)).value
+        return jacobi_newton(lambda x: (function(x), 3 * x**2 + 1), torch.zeros(3, 2)).value
+
+    assert torch.autograd.gradcheck(root, weight)

@@ -464,7 +464,9 @@ def integrate(monitor: Monitor, state: State, t0: float, t1: float, tensors: tup
     y = equation.pack(state)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not solver.adjoint):
         slope = equation.slope(t0, y)
-    differentiate = torch.is_grad_enabled() and any(part.requires_grad for part in (y, slope, *tensors))
+    # Without the adjoint method what matters to gradients may first be met halfway.
+    wanted = not solver.adjoint or any(part.requires_grad for part in (y, slope, *tensors))
+    differentiate = torch.is_grad_enabled() and wanted
     search = _Search(method, equation, corrector, differentiate)
     with torch.no_grad():
         end = search.run(y.detach(), slope.detach(), t0, t1)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .implicit_methods import METHODS as IMPLICIT_METHODS
+
 if TYPE_CHECKING:
     from .solver import Solver, State, VectorField
 
@@ -75,12 +77,12 @@ _FAILURES = {
     "underflow": (
         "step size underflowed",
         "The field has a singularity or is too stiff for this tolerance: raise rtol and atol (float32 resolves about "
-        "1e-6, use float64 below). A stiff field wants an implicit method, such as Solver('bdf').",
+        "1e-6, use float64 below).",
     ),
     "max_nfe": (
         "solve needs more than max_nfe evaluations",
-        "A stiff field wants an implicit method, such as Solver('bdf'). Otherwise raise rtol and atol, raise max_nfe, "
-        "or, if training made the field diverge, lower the learning rate or clip gradients.",
+        "Raise rtol and atol, raise max_nfe, or, if training made the field diverge, lower the learning rate or clip "
+        "gradients.",
     ),
     "max_num_steps": (
         "solve needs more than max_num_steps steps",
@@ -188,6 +190,8 @@ class Monitor:
     def failure(self, word: str) -> SolverError:
         """The error for an entry of the table above."""
         reason, advice = _FAILURES[word]
+        if word in ("underflow", "max_nfe") and self.solver.method not in IMPLICIT_METHODS:
+            advice += " A stiff field wants an implicit method, such as Solver('bdf')."
         time, sample = math.nan, (0,) * len(self.batch_shape)
         if self._last is not None:
             time, sample = float(self._last[0].detach()), self._worst_sample(self._last[1])

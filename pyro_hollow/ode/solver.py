@@ -317,7 +317,7 @@ def _before_backward(monitor: Monitor) -> Callable[[Tensor], None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "gradients of a solve with adjoint=True cannot be differentiated again (create_graph=True); "
-                "use a Solver with adjoint=False"
+                "use a Solver with adjoint=False and a method that is not implicit"
             )
         monitor.forget()
 

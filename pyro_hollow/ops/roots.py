@@ -301,7 +301,9 @@ def attach(residual: Tensor, root: Tensor, function: Callable[[Tensor], tuple[Te
         x = root.detach().requires_grad_()
         f, diagonal = function(x)
 
-    def pull(gradient: Tensor) -> Tensor:
+    def pull(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:  # nothing depends on the root
+            return None
         if torch.is_grad_enabled():
             raise RuntimeError("gradients of a root cannot be differentiated again (create_graph=True)")
         return _solve_transposed(f, x, None if diagonal is None else diagonal.detach(), gradient)
