@@ -189,3 +189,20 @@ def test_constant_column_is_named():
     x = torch.stack([torch.randn(5), torch.ones(5)], dim=-1)
     with pytest.raises(ValueError, match="column 1 is constant"):
         GaussianMixtureMarginals(2, 3, (0.0, 1.0)).initialize(x)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (4,), (1, 5, 1)], ids=str)
+@each_covariance
+def test_times_that_do_not_broadcast(shape, covariance):
+    """A column of times would pair each time with each sample."""
+    density, x = mixture(1, covariance), torch.randn(5, 1)
+    for call in (density.log_prob, density.derivatives):
+        with pytest.raises(ValueError, match=r"t must be a scalar or broadcast to the batch shape of x, \(5,\)"):
+            call(torch.rand(shape), x)
+
+
+def test_density_of_another_shape():
+    with pytest.raises(ValueError, match=r"density must return shape \(5,\), but returned \(5, 1\)"):
+        log_density_derivatives(
+            lambda t, x: torch.distributions.Normal(t, 1.0).log_prob(x), torch.tensor(0.3), torch.randn(5, 1)
+        )

@@ -160,3 +160,30 @@ def test_constant_diffusion(g):
     value, *derivatives = DiagonalSDE(HollowNN(2), g).bind().diffusion_derivatives(torch.tensor(0.0), x)
     assert_close(value, torch.as_tensor(g, dtype=x.dtype).expand(3, 2))
     assert all(not derivative.any() for derivative in derivatives)
+
+
+def test_constant_diffusion_that_learns():
+    sde = DiagonalSDE(lambda t, x: -x, nn.Parameter(torch.tensor(0.3)))
+    assert [name for name, _ in sde.named_parameters()] == ["diffusion.value"]
+    sde.g(TIME, torch.zeros(5, 2)).sum().backward()
+    assert sde.diffusion.value.grad == 10.0
+    fixed = DiagonalSDE(lambda t, x: -x, torch.tensor(0.3))
+    assert not list(fixed.parameters()) and "diffusion.value" in fixed.state_dict()
+
+
+@pytest.mark.parametrize(
+    "function", [lambda t, x: x[..., 0], lambda t, x: x.sum(-1, keepdim=True)], ids=["less", "one"]
+)
+@pytest.mark.parametrize("name", ["drift", "diffusion"])
+def test_coefficients_of_another_shape(name, function):
+    """Of one dimension a missing axis would broadcast, and mix samples."""
+    functions = {"drift": lambda t, x: -x, "diffusion": lambda t, x: x} | {name: function}
+    sde, x = DiagonalSDE(functions["drift"], functions["diffusion"]), torch.randn(5, 2)
+    calls = {
+        "sample": lambda: sde.sample(x, [0.0, 0.1], 0.1),
+        "protocol": lambda: (sde.f(TIME, x), sde.g(TIME, x)),
+        "derivatives": lambda: (sde.bind().drift_derivatives(TIME, x), sde.bind().diffusion_derivatives(TIME, x)),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=rf"{name} must return the shape of the state, \(5, 2\), but returned"):
+            call()

@@ -65,12 +65,15 @@ def log_density_derivatives(density: TimeDensity | LogDensity, t: Tensor, x: Ten
     :param density: a :class:`TimeDensity`, or a function of t and x with shape ``(*, d)`` that returns ``(*,)``.
     :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
     :param Tensor x: positions with shape ``(*, d)``.
+    :raises ValueError: for a function that returns another shape.
     """
     own = getattr(density, "derivatives", None)
     if own is not None:
         return own(t, x)
     log_prob = cast(LogDensity, density)
     value, score, curvature = field_derivatives(log_prob, t, x, 2)
+    if value.shape != x.shape[:-1]:
+        raise ValueError(f"density must return shape {tuple(x.shape[:-1])}, but returned {tuple(value.shape)}")
     return DensityDerivatives(value, time_derivative(log_prob, t, x)[1], score, curvature)
 
 
@@ -183,7 +186,7 @@ class GaussianMixtureMarginals(nn.Module):
         :param Tensor x: positions with shape ``(*, d)``.
         :returns: the log-density with shape ``(*,)``.
         """
-        self._check(x)
+        self._check(t, x)
         logits, means, log_diagonal, lower = self._split(self.curve(t)[0])
         z = self._transposed(log_diagonal.exp(), lower, x.unsqueeze(-2) - means)
         return torch.logsumexp(self._joint(logits, log_diagonal, z), -1)
@@ -195,7 +198,7 @@ class GaussianMixtureMarginals(nn.Module):
         :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: positions with shape ``(*, d)``.
         """
-        self._check(x)
+        self._check(t, x)
         value, velocity = self.curve(t)
         logits, means, log_diagonal, lower = self._split(value)
         d_logits, d_means, d_log_diagonal, d_lower = self._split(velocity)
@@ -258,9 +261,16 @@ class GaussianMixtureMarginals(nn.Module):
         normalizer = log_diagonal.sum(-1) - 0.5 * self.input_dim * math.log(2 * math.pi)
         return logits.log_softmax(-1) + normalizer - 0.5 * z.square().sum(-1)
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, t: Tensor, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.input_dim:
             raise ValueError(f"x must have shape (*, {self.input_dim}), but got {tuple(x.shape)}")
+        try:
+            t.expand(x.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"t must be a scalar or broadcast to the batch shape of x, {tuple(x.shape[:-1])}, but has shape "
+                f"{tuple(t.shape)}"
+            ) from None
 
 
 class FlowMarginals(nn.Module):

@@ -65,14 +65,33 @@ class BoundSDE:
         return field_derivatives(self.diffusion, t, x, order)
 
 
+def _checked(name: str, coefficient: Coefficient) -> Coefficient:
+    """A coefficient that must not return what only broadcasts to the shape of the state."""
+    if hasattr(coefficient, "dimwise_derivatives"):
+        return coefficient
+
+    def function(t: Tensor, x: Tensor) -> Tensor:
+        value = coefficient(t, x)
+        if value.shape != x.shape:
+            raise ValueError(
+                f"{name} must return the shape of the state, {tuple(x.shape)}, but returned {tuple(value.shape)}"
+            )
+        return value
+
+    return function
+
+
 class _Constant(nn.Module):
-    """A constant field."""
+    """A constant field; of a parameter, one that learns."""
 
     value: Tensor
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
-        self.register_buffer("value", value)
+        if isinstance(value, nn.Parameter):
+            self.value = value
+        else:
+            self.register_buffer("value", value)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return self.value.to(x.dtype).expand_as(x)
@@ -102,9 +121,9 @@ class DiagonalSDE(nn.Module):
 
     :param drift: f, a :class:`~pyro_hollow.nn.HollowNN` or any function or module of t and x with shape ``(*, d)`` that
         returns ``(*, d)``, sample by sample; t is a scalar or one time per sample.
-    :param diffusion: g, or a number or tensor for a constant one. Of a HollowNN, :math:`g = \text{softplus}(\text{net})
-        + \text{min_diffusion}`, which is positive; any other function is used as it is (only :math:`g^2` matters to the
-        law of x, so its sign is free).
+    :param diffusion: g, or a number or tensor for a constant one, a Parameter for one that is learned. Of a HollowNN,
+        :math:`g = \text{softplus}(\text{net}) + \text{min_diffusion}`, which is positive; any other function is used
+        as it is (only :math:`g^2` matters to the law of x, so its sign is free).
     :param float min_diffusion: the smallest g of a network, in units of x per square root of time. Set it where g is to
         be learned from marginals, which do not determine it; see :class:`~pyro_hollow.sde.FokkerPlanckMatching`.
     :raises ValueError: if min_diffusion is negative, or a network takes a context.
@@ -139,7 +158,7 @@ class DiagonalSDE(nn.Module):
             drift = drift.bind()
         if isinstance(diffusion, ConditionalHollowNN):
             diffusion = _PositiveField(diffusion.bind(), self.min_diffusion)
-        return BoundSDE(drift, diffusion)
+        return BoundSDE(_checked("drift", drift), _checked("diffusion", diffusion))
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         """
