@@ -414,3 +414,28 @@ WRONG_SIZES = {
 def test_wrong_sizes(sizes):
     with pytest.raises(ValueError, match="conditioner was made for input_dim, context_dim"):
         ConditionalHollowNN(4, CONTEXT_DIM, conditioner=LinearConditioner(*sizes))
+
+
+@pytest.mark.parametrize("input_dim", [65, 200])
+@pytest.mark.parametrize("end", [0, -1], ids=["first", "last"])
+def test_leak_at_an_end_is_found(end, input_dim):
+    """As a neighbourhood has that repeats the border."""
+
+    def function(t, x, context):
+        leak = torch.zeros_like(x)
+        leak[..., end] = x[..., end]
+        return torch.stack([leak, 0 * x], -1)
+
+    with pytest.raises(ValueError, match=rf"depends on x_i for i in \[{end % input_dim}\]"):
+        HollowNN(input_dim, conditioner=FunctionConditioner(function, input_dim))
+
+
+def test_leak_behind_zeros_is_found():
+    conditioner = LinearConditioner(4, leaks=[1])
+    nn.init.zeros_(conditioner.weight)
+    with pytest.raises(ValueError, match="not hollow"):
+        HollowNN(4, conditioner=conditioner)
+    assert not conditioner.weight.any()
+    hollow = LinearConditioner(4)
+    nn.init.zeros_(hollow.weight)
+    assert HollowNN(4, conditioner=hollow).conditioner is hollow and not hollow.weight.any()

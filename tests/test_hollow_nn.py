@@ -12,6 +12,7 @@ from torch.autograd.functional import jacobian
 from pyro_hollow import ops
 from pyro_hollow.nn import (
     BoundConditioner,
+    ClosedFormTransformer,
     ConditionalHollowNN,
     Conditioner,
     GroupedConditioner,
@@ -515,3 +516,19 @@ def test_settings_without_effect_are_refused():
 def test_conditioner_that_overrides_nothing():
     with pytest.raises(NotImplementedError, match="forward or bind"):
         HollowNN(3, conditioner=Conditioner(3, 4))
+
+
+@each_context_dim
+def test_transformer_may_be_an_instance(context_dim):
+    transformer = ClosedFormTransformer(4, 6, context_dim, width=5)
+    net = ConditionalHollowNN(4, context_dim, [8, 6], transformer=transformer)
+    assert net.transformer is transformer
+    t, x, context = make_inputs(4, context_dim, ())
+    expected = jacobian(lambda x: net(t, x, context), x).trace()
+    assert_close(net.bind(context).with_divergence(t, x)[1], expected, 1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(3, 6, 0), (4, 5, 0), (4, 6, 2)], ids=str)
+def test_transformer_of_other_sizes(sizes):
+    with pytest.raises(ValueError, match=r"transformer was made for .* but the network has \(4, 6, 0\)"):
+        HollowNN(4, [8, 6], transformer=ClosedFormTransformer(*sizes))

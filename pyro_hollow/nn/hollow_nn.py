@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,8 @@ class ConditionalHollowNN(nn.Module):
         layers for "masked". Defaults to [32, 32], and to [max(4 * input_dim, 64), 32] for "masked".
     :param conditioner: "grouped", "masked", "leave-one-out", or a :class:`~pyro_hollow.nn.Conditioner` of your own.
     :param transformer: None for the closed form, or a module that maps ``(*, 2 + d_h)``, holding
-        :math:`[x_i, t, h_i]`, to ``(*, 1)``; see :class:`~pyro_hollow.nn.ModuleTransformer`.
+        :math:`[x_i, t, h_i]`, to ``(*, 1)``; see :class:`~pyro_hollow.nn.ModuleTransformer`. Or a
+        :class:`~pyro_hollow.nn.Transformer`.
     :param int transformer_dim: the number of units per coordinate of the closed-form transformer. Defaults to 16.
     :param activation: "tanh", "softplus" or "silu"; or two of them, that of the conditioner and the transformer's.
     :param float max_rate: a bound on the rate at which the closed form's affine part expands and contracts, see
@@ -181,6 +183,13 @@ class ConditionalHollowNN(nn.Module):
         elif transformer_dim is not None or max_rate is not None:
             name = "transformer_dim" if transformer_dim is not None else "max_rate"
             raise ValueError(f"{name} has no effect on a transformer of your own: leave one of them out")
+        elif isinstance(transformer, Transformer):
+            own = (transformer.input_dim, transformer.hidden_dim, transformer.context_dim)
+            if own != sizes:
+                raise ValueError(
+                    f"transformer was made for input_dim, hidden_dim, context_dim = {own}, but the network has {sizes}"
+                )
+            self.transformer = transformer
         else:
             self.transformer = ModuleTransformer(transformer, *sizes)
 
@@ -272,7 +281,10 @@ def _make_conditioner(
 
 
 def _check_conditioner(conditioner: Conditioner, input_dim: int, context_dim: int) -> None:
-    """Checks sizes, and on random inputs that h_i is free of x_i: a leak would make every divergence wrong."""
+    """
+    Checks sizes, and on random inputs that h_i is free of x_i, for the first and the last i and some between: a leak
+    would make every divergence wrong.
+    """
     sizes = (conditioner.input_dim, conditioner.context_dim)
     if sizes != (input_dim, context_dim):
         raise ValueError(
@@ -283,10 +295,10 @@ def _check_conditioner(conditioner: Conditioner, input_dim: int, context_dim: in
     generator = torch.Generator().manual_seed(0)  # leaves the global one alone
     like = next((p for p in conditioner.parameters() if p.is_floating_point()), torch.empty(()))
     # Sample k asks for coordinate i_k alone, so one backward pass tests them all; a few do for many coordinates.
-    coordinates = torch.randperm(input_dim, generator=generator)[:64].sort().values.tolist()
+    coordinates = sorted({0, input_dim - 1, *torch.randperm(input_dim, generator=generator)[:64].tolist()})
     training = conditioner.training
     conditioner.eval()
-    with torch.enable_grad():
+    with torch.enable_grad(), _zeros_replaced(conditioner, generator):
         x = torch.randn(len(coordinates), input_dim, generator=generator).to(like).requires_grad_()
         context = torch.randn(context_dim, generator=generator).to(like) if context_dim else None
         h = conditioner(x.new_tensor(0.3), x, context)
@@ -302,3 +314,18 @@ def _check_conditioner(conditioner: Conditioner, input_dim: int, context_dim: in
     leaks = [] if gradient is None else [i for k, i in enumerate(coordinates) if gradient[k, i] != 0]
     if leaks:
         raise ValueError(f"conditioner is not hollow: h_i depends on x_i for i in {leaks}")
+
+
+@contextmanager
+def _zeros_replaced(module: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    """Random numbers in place of parameters that are zero, behind which nothing could be seen."""
+    zeros = [p for p in module.parameters() if p.is_floating_point() and not bool(p.any())]
+    with torch.no_grad():
+        for parameter in zeros:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
