@@ -578,3 +578,8 @@ def test_flows_bound_their_rates_by_default(make):
     assert make(2, time=0.5).nn.transformer.max_rate == 8.0
     assert make(2, max_rate=None).nn.transformer.max_rate is None
     make(2, transformer=torch.nn.Linear(34, 1))  # to which a maximal rate does not apply
+
+
+def test_conditional_flow_without_a_context():
+    with pytest.raises(ValueError, match="context_dim must be at least 1, but got 0; hollow_cnf takes no context"):
+        conditional_hollow_cnf(2, 0)

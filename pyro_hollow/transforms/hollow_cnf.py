@@ -338,6 +338,8 @@ def conditional_hollow_cnf(
     :param kwargs: transformer, transformer_dim, activation and max_rate of the network. The affine part of the closed
         form has a max_rate of 4 over the end time, unless you say otherwise; None is for no bound
     """
+    if context_dim < 1:
+        raise ValueError(f"context_dim must be at least 1, but got {context_dim}; hollow_cnf takes no context")
     network = ConditionalHollowNN(
         input_dim, context_dim, hidden_dims, conditioner=conditioner, **_with_max_rate(time, kwargs)
     )
