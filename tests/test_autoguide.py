@@ -1645,3 +1645,10 @@ def test_learns_what_a_normal_guide_cannot(dtype):
     own = elbo(banana, guide)
     assert own > elbo(banana, normal) + 0.3
     assert own < banana_evidence() + 0.05  # a wrong log-determinant would be rewarded without bound
+
+
+def test_median_first_in_inference_mode():
+    guide = small(vector)
+    with torch.inference_mode():
+        guide.median()
+    SVI(vector, guide, Adam({"lr": 0.01}), Trace_ELBO()).step()

@@ -98,7 +98,7 @@ def test_exact_divergence(input_dim):
     flow = strong_free_form(input_dim)
     t, x = torch.tensor(0.3), draw(flow, 3, 4)
     value, divergence = flow._bind().with_divergence(t, x)
-    assert_close(value, flow.nn(t, x), rtol=0, atol=0)
+    assert_close(value, flow.nn(t, x))
     jacobians = torch.vmap(torch.func.jacrev(lambda x: flow.nn(t, x)))(x.view(-1, input_dim))
     assert_close(divergence, jacobians.diagonal(dim1=1, dim2=2).sum(-1).view(3, 4))
 
@@ -219,11 +219,144 @@ def test_free_form_network_by_hand(context_dim):
     assert_close(network(t, x, context if context_dim else None), network.layers[-1](h))
 
 
-@pytest.mark.parametrize("context_dim, context, got", [(0, 2, 2), (2, None, 0), (2, 3, 3)])
-def test_free_form_network_with_a_wrong_context(context_dim, context, got):
-    network = FreeFormNN(3, context_dim, [5])
-    with pytest.raises(ValueError, match=f"context must have {context_dim} dimensions, but got {got}"):
-        network(torch.tensor(0.3), torch.randn(4, 3), None if context is None else torch.randn(4, context))
+def identity_hook(*args):
+    return None
+
+
+class Shifted(FreeFormNN):
+    """Overrides forward, of which the layers know nothing."""
+
+    def forward(self, t, x, context=None):
+        return x.sin() + super().forward(t, x, context)
+
+
+class Adapted(nn.Linear):
+    """Overrides the forward of a layer."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Swish(nn.Module):
+    """An activation that learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * x)
+
+
+def replace_layer(network):
+    network.layers[1] = Adapted(5, 6)
+
+
+NOT_PLAIN = {
+    "in place": lambda network: setattr(network, "nonlinearity", nn.SiLU(inplace=True)),
+    "activation that learns": lambda network: setattr(network, "nonlinearity", Swish()),
+    "another layer": replace_layer,
+    "no bias": lambda network: setattr(network.layers[1], "bias", None),
+    "hook of the network": lambda network: network.register_forward_hook(lambda m, args, out: 2 * out),
+    "hook of a layer": lambda network: network.layers[0].register_forward_hook(lambda m, args, out: 2 * out),
+    "hook of the activation": lambda network: network.nonlinearity.register_forward_hook(
+        lambda m, args, out: out.softmax(-1)
+    ),
+    "hook before": lambda network: network.layers[1].register_forward_pre_hook(identity_hook),
+    "own forward": lambda network: setattr(network, "forward", lambda t, x, context=None: x.sin()),
+    "old weight norm": lambda network: torch.nn.utils.weight_norm(network.layers[1]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("change", NOT_PLAIN.values(), ids=NOT_PLAIN)
+@pytest.mark.parametrize("kind", ["no context", "context"])
+def test_trace_of_networks_that_were_changed(kind, change):
+    network, context = dense(kind)
+    change(network)
+    t, x = torch.tensor(0.3), torch.randn(1, 4, 3)
+    field = ConditionedFreeFormCNF(network, context)._bind()
+    assert field._kernel is None
+    value, divergence = field.with_divergence(t, x)
+    assert_close(value, network(t, x, context))
+    assert_close(divergence, by_jacobian(network, t, x, context))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", ["in place", "activation that learns", "hook of a layer", "hook of the activation"])
+def test_trace_of_low_rank_networks_that_were_changed(name):
+    network, context = dense("low rank")
+    NOT_PLAIN[name](network)
+    t, x = torch.tensor(0.3), torch.randn(1, 4, 3)
+    field = ConditionedFreeFormCNF(network, context)._bind()
+    assert field._kernel is None
+    assert_close(field.with_divergence(t, x)[0], network(t, x, context))
+    assert_close(field.with_divergence(t, x)[1], by_jacobian(network, t, x, context))
+
+
+def test_trace_of_a_subclass():
+    network = Shifted(3, 0, [5, 6])
+    t, x = torch.tensor(0.3), torch.randn(1, 4, 3)
+    value, divergence = FreeFormCNF(network)._bind().with_divergence(t, x)
+    assert_close(value, network(t, x))
+    assert_close(divergence, by_jacobian(network, t, x, None))
+
+
+@every_kind
+def test_trace_with_a_parametrization(kind):
+    network, context = dense(kind)
+    torch.nn.utils.parametrizations.weight_norm(network.layers[1])
+    t, x = torch.tensor(0.3), torch.randn(1, 4, 3)
+    field = ConditionedFreeFormCNF(network, context)._bind()
+    assert field._kernel is not None
+    assert_close(field.with_divergence(t, x)[1], by_jacobian(network, t, x, context))
+
+
+@pytest.mark.parametrize("kind", ["no context", "low rank"])
+@pytest.mark.parametrize("adjoint", [False, True], ids=["direct", "adjoint"])
+def test_activation_that_learns(adjoint, kind):
+    network, context = dense(kind, nonlinearity=Swish())
+    flow = ConditionedFreeFormCNF(network, context, solver=replace(TIGHT, adjoint=adjoint))
+    flow.call_and_ladj(torch.randn(4, 3))[1].sum().backward()
+    assert network.nonlinearity.beta.grad.abs() > 1e-3
+
+
+@every_kind
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("enabled", [False, True], ids=["no_grad", "grad"])
+def test_forward_mode(kind, divergence, frozen, enabled):
+    network, context = dense(kind)
+    network.requires_grad_(not frozen)
+    flow = ConditionedFreeFormCNF(network, context, divergence=divergence)
+    field, t, x, tangent = flow._bind(), torch.tensor(0.3), torch.randn(4, 3), torch.randn(4, 3)
+    field.with_divergence(t, x)  # draws the probe
+    step = 1e-5
+    ahead, behind = (field.with_divergence(t, x + sign * step * tangent) for sign in (1, -1))
+    with torch.set_grad_enabled(enabled):
+        _, tangents = torch.func.jvp(lambda x: field.with_divergence(t, x), (x,), (tangent,))
+    for got, a, b in zip(tangents, ahead, behind, strict=True):
+        assert_close(got, (a - b) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+@every_kind
+def test_context_made_in_inference_mode(kind):
+    network, context = dense(kind)
+    if context is not None:
+        with torch.inference_mode():
+            context = torch.randn(4, CONTEXT_DIM)
+    ConditionedFreeFormCNF(network, context, solver=QUICK).call_and_ladj(torch.randn(4, 3))[1].sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    "batch, adjoint, kernel", [((4,), False, True), ((4,), True, False), ((1,), True, True), ((), True, True)]
+)
+def test_kernels_of_each_sample(batch, adjoint, kernel):
+    """The adjoint method would carry the gradient of each along."""
+    network, _ = dense("low rank", (8, 8))
+    flow = ConditionedFreeFormCNF(network, torch.randn(*batch, CONTEXT_DIM), solver=replace(QUICK, adjoint=adjoint))
+    assert (flow._bind()._kernel is not None) == kernel
 
 
 # Estimated divergence

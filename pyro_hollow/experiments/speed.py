@@ -121,7 +121,7 @@ def free_form_divergence(net: nn.Module, divergence: str) -> Callable[[], Evalua
 
 
 class Opaque(nn.Module):
-    """A network that nothing is known of, so that its exact trace takes backward passes."""
+    """Hides the structure of a network, so that its exact trace takes backward passes."""
 
     def __init__(self, net: FreeFormNN) -> None:
         super().__init__()

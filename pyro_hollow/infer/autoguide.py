@@ -343,10 +343,12 @@ class AutoHollowCNF(AutoContinuous):
             print(guide.quantiles([0.05, 0.5, 0.95]))
 
         :param quantiles: A list of requested quantiles between 0 and 1.
+        :param args: arguments of the model, by which one that was not called yet is set up; and so kwargs.
         :return: A dict mapping sample site name to a tensor of quantile values, stacked in the first dimension.
         """
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could not learn
+                self._setup_prototype(*args, **kwargs)
         result: dict[str, list[Tensor]] = {}
         for latent in self._marginal_quantiles(quantiles):
             for site, value in self._unpack_latent(latent):

@@ -17,6 +17,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.util import copy_docs_from
 from torch import Tensor
 from torch.distributions import Transform
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pyro_hollow.ode import Solver
 
@@ -42,8 +43,7 @@ _ELEMENTWISE = (
 
 class FreeFormNN(nn.Module):
     """
-    A dense network of time, state and context, without any structure in its Jacobian. What the context brings is
-    computed once per solve, by :meth:`bind`.
+    A dense network of time, state and context, without any structure in its Jacobian.
 
     :param int input_dim: Dimension of the state
     :param int context_dim: Dimension of the context; 0 for none
@@ -64,26 +64,19 @@ class FreeFormNN(nn.Module):
             for parameter in self.layers[-1].parameters():
                 parameter.mul_(1e-2)
 
-    def bind(self, context: Tensor | None = None) -> _DenseField:
-        """
-        Computes what depends on the context alone.
-
-        :param Tensor context: the context with shape ``(*, context_dim)``, whose batch broadcasts against the state's;
-            None if the network takes none.
-        :raises ValueError: for a context of another size.
-        """
-        got = 0 if context is None else context.shape[-1]
-        if got != self.context_dim:
-            raise ValueError(f"context must have {self.context_dim} dimensions, but got {got}")
-        return _FreeFormNNField(self, context)
-
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """
         :param Tensor t: time, a scalar.
         :param Tensor x: the state with shape ``(*, input_dim)``.
         :param Tensor context: the context, whose shape ``(*, context_dim)`` broadcasts against x's batch.
         """
-        return self.bind(context)(t, x)
+        inputs = [x, t.to(x.dtype).expand(*x.shape[:-1], 1)]
+        if context is not None:
+            inputs.append(context.expand(*x.shape[:-1], -1))
+        h = torch.cat(inputs, dim=-1)
+        for layer in self.layers[:-1]:
+            h = self.nonlinearity(layer(h))
+        return self.layers[-1](h)
 
 
 class LowRankFreeFormNN(nn.Module):
@@ -142,6 +135,7 @@ class LowRankFreeFormNN(nn.Module):
         Computes what depends on the context alone.
 
         :param Tensor context: the context with shape ``(*, context_dim)``, whose batch broadcasts against the state's.
+        :returns: the field, called with time and state.
         """
         # Adam's steps have one size for all weights: without the root, those of a large context would go too far.
         amortized = self.amortization(context / math.sqrt(self.context_dim))
@@ -156,8 +150,23 @@ class LowRankFreeFormNN(nn.Module):
         return self.bind(context)(t, x)
 
 
+def _is_plain(network: nn.Module) -> bool:
+    """Whether a network computes what its layers' matrices and its activation say, and nothing else."""
+    if type(network) not in (FreeFormNN, LowRankFreeFormNN) or "forward" in vars(network):
+        return False
+    activation, layers = network.nonlinearity, cast(Sequence[nn.Linear], network.layers)
+    biased = type(network) is FreeFormNN  # in the other the context brings the bias
+    return (
+        type(activation) in _ELEMENTWISE
+        and not getattr(activation, "inplace", False)
+        and all(type_before_parametrizations(layer) is nn.Linear for layer in layers)
+        and all((layer.bias is not None) == biased for layer in layers)
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in (network, activation, *layers))  # type: ignore[union-attr]
+    )
+
+
 def _alias(tensor: Tensor) -> Tensor:
-    """At which the adjoint method's gradient stops, however else the tensor is used."""
+    """A view of its own, so that the adjoint method differentiates with respect to it and not to what it is made of."""
     return tensor.clone() if tensor.is_inference() else tensor.view_as(tensor)
 
 
@@ -198,9 +207,9 @@ class _DenseField:
             h = self._layer(i, t, self._nonlinearity(h))
         return h
 
-    def kernel(self) -> Tensor | None:
-        """What the trace is made of beside the slopes of the activation; None where it has no such form."""
-        if self._depth > 3 or type(self._nonlinearity) not in _ELEMENTWISE:
+    def kernel(self, adjoint: bool) -> Tensor | None:
+        """The matrix in brackets, or what stands for it with fewer layers; None where there is none, or not to use."""
+        if self._depth > 3:
             return None
         if self._depth == 1:
             return self._matrix(0).diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -225,13 +234,13 @@ class _DenseField:
 
 
 class _FreeFormNNField(_DenseField):
-    """A :class:`FreeFormNN` with its context fixed."""
+    """A plain :class:`FreeFormNN` with its context fixed."""
 
     def __init__(self, network: FreeFormNN, context: Tensor | None) -> None:
         super().__init__(network.nonlinearity, len(network.layers))
         first, *others = cast(Sequence[nn.Linear], network.layers)
         state, time, outer = first.weight.split([network.input_dim, 1, network.context_dim], dim=-1)
-        shift = first.bias if context is None else F.linear(context, outer, first.bias)
+        shift = first.bias if context is None else F.linear(_alias(context), outer, first.bias)
         self._matrices = [state, *(layer.weight for layer in others)]
         self._weights = [_alias(matrix) for matrix in self._matrices]
         self._biases = [_alias(bias) for bias in (shift, *(layer.bias for layer in others))]
@@ -253,13 +262,16 @@ class _LowRankField(_DenseField):
     def __init__(self, network: LowRankFreeFormNN, amortized: Sequence[Tensor]) -> None:
         super().__init__(network.nonlinearity, len(network.layers))
         self._rank = network.rank
-        self._originals = [layer.weight for layer in cast(Sequence[nn.Linear], network.layers)]
+        self._plain = _is_plain(network)
+        self._layers = network.layers
+        self._originals = [layer.weight for layer in cast(Sequence[nn.Linear], network.layers)] if self._plain else []
         self._amortized = amortized
         aliases = [_alias(part) for part in amortized]
         self._changes = [self._change(i, aliases) for i in range(self._depth)]
         self._biases = aliases[2::3]
         self._weights = [_alias(weight) for weight in self._originals]
-        self.tensors = (*self._weights, *aliases)
+        own = self._weights if self._plain else (*network.layers.parameters(), *network.nonlinearity.parameters())
+        self.tensors = (*own, *aliases)
 
     def _change(self, i: int, amortized: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         u, v = (part.unflatten(-1, (-1, self._rank)) for part in amortized[3 * i : 3 * i + 2])
@@ -269,19 +281,25 @@ class _LowRankField(_DenseField):
         u, v = self._changes[i]
         h = torch.cat([h, t.to(h.dtype).expand(*h.shape[:-1], 1)], dim=-1)
         inner = (h.unsqueeze(-2) @ v).squeeze(-2)  # (*, rank)
-        return F.linear(h, self._weights[i]) + (u @ inner.unsqueeze(-1)).squeeze(-1) + self._biases[i]
+        z = F.linear(h, self._weights[i]) if self._plain else self._layers[i](h)
+        return z + (u @ inner.unsqueeze(-1)).squeeze(-1) + self._biases[i]
 
     def _matrix(self, i: int) -> Tensor:
         u, v = self._change(i, self._amortized)
         return self._originals[i][:, :-1] + u @ v[..., :-1, :].mT
 
-    def kernel(self) -> Tensor | None:
-        """As for any; but here it is each sample's own, and must not take more memory than d backward passes do."""
-        if self._depth == 3:
+    def kernel(self, adjoint: bool) -> Tensor | None:
+        """
+        As for any; but where each sample has its own, it must not take more memory than d backward passes do. The
+        adjoint method carries its gradient along, several times.
+        """
+        if not self._plain:
+            return None
+        if self._depth == 3 and self._amortized[0].shape[:-1].numel() > 1:
             first, second, d = (len(weight) for weight in self._originals)
-            if first * second > 2 * d * (first + second):
+            if first * second > (0.25 if adjoint else 2.0) * d * (first + second):
                 return None
-        return super().kernel()
+        return super().kernel(adjoint)
 
 
 class _Unbound:
@@ -299,16 +317,27 @@ class _Unbound:
 class _FreeFormField:
     """A free-form vector field for one solve, during which the probe stays the same."""
 
-    def __init__(self, function: nn.Module, context: Tensor | None, divergence: str, probe: str) -> None:
-        self._field: Any = function.bind(context) if hasattr(function, "bind") else _Unbound(function, context)  # type: ignore[operator]
-        self._exact = divergence == "exact"
+    def __init__(
+        self, function: nn.Module, context: Tensor | None, divergence: str, probe: str, adjoint: bool = False
+    ) -> None:
+        exact = divergence == "exact"
+        self._field: Any
+        if exact and type(function) is FreeFormNN and _is_plain(function) and len(function.layers) <= 3:
+            self._field = _FreeFormNNField(function, context)
+        elif hasattr(function, "bind"):
+            self._field = function.bind(context)  # type: ignore[operator]
+        else:
+            self._field = _Unbound(function, context)
+        self._exact = exact
         self._probe = probe
         self._noise: Tensor | None = None
-        self._kernel = self._field.kernel() if self._exact and isinstance(self._field, _DenseField) else None
+        self._kernel = self._field.kernel(adjoint) if exact and isinstance(self._field, _DenseField) else None
         self.tensors = (*self._field.tensors, *(() if self._kernel is None else (self._kernel,)))
 
     def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         create_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors))
+        # A tangent needs the graph, too, and what functorch has wrapped does not tell that it requires gradients.
+        create_graph |= torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
         with torch.enable_grad():
             # An alias of its own, as an adjoint method cuts the state itself off from what is computed of it.
             x = x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
@@ -363,7 +392,7 @@ class ConditionedFreeFormCNF(ConditionedCNF):
     def _bind(self) -> _FreeFormField:
         _check_choice("divergence", self.divergence, DIVERGENCES)  # they may have been assigned since
         _check_choice("probe", self.probe, PROBES)
-        return _FreeFormField(self.nn, self.context, self.divergence, self.probe)
+        return _FreeFormField(self.nn, self.context, self.divergence, self.probe, self.solver.adjoint)
 
     def _settings(self) -> tuple[Any, ...]:
         return *super()._settings(), self.divergence, self.probe
@@ -390,7 +419,10 @@ class FreeFormCNF(ConditionedFreeFormCNF, TransformModule):
 
         :math:`\nabla \cdot f = s'(z_2)^T \left[W_2 \odot (W_1 W_3)^T\right] s'(z_1),`
 
-    which takes about as long as one more layer. For any other network it takes d backward passes an evaluation.
+    where the matrix in brackets is made once per solve; the rest takes about as long as one more layer. It is used if
+    the activation is one of torch's that are smooth and act on each number by itself (nn.Softplus, nn.Tanh, nn.SiLU and
+    their like, not in place) and no layer was replaced or has a hook; and with a ``rank`` if the input has dimensions
+    enough for it to save memory. Otherwise the exact divergence takes d backward passes an evaluation.
 
     Together with :class:`~pyro.distributions.TransformedDistribution` this provides a way to create richer variational
     approximations.
@@ -407,7 +439,8 @@ class FreeFormCNF(ConditionedFreeFormCNF, TransformModule):
     The inverse is computed by integrating the same differential equation backward in time, to solver tolerance; it
     costs the same as the forward operation.
 
-    :param nn: the vector field, a smooth module called as ``nn(t, x)`` with an attribute ``input_dim``.
+    :param nn: the vector field, a smooth module called as ``nn(t, x)`` with an attribute ``input_dim``; if it has a
+        method ``bind``, what ``bind(None)`` returns is called instead.
     :type nn: ~torch.nn.Module
     :param divergence: "exact" or "hutchinson".
     :type divergence: str
