@@ -40,7 +40,7 @@ SETTINGS = {
 }
 FIGURES = ("reconstructions.png", "samples.png")
 HOLLOW = ("hollow", "hollow-stochastic", "hollow-low-rank", "hollow-low-rank-2")
-CONTINUOUS = ("ffjord", "free-form-exact", *HOLLOW, *(f"{name}-path" for name in HOLLOW))
+CONTINUOUS = ("ffjord", "free-form-exact", "free-form-exact-path", *HOLLOW, *(f"{name}-path" for name in HOLLOW))
 
 flows = pytest.mark.parametrize("flow", FLOWS)
 
