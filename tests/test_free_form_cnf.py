@@ -321,6 +321,16 @@ def test_activation_that_learns(adjoint, kind):
     assert network.nonlinearity.beta.grad.abs() > 1e-3
 
 
+@pytest.mark.parametrize("context_dim, got", [(0, 2), (2, None), (2, 3)])
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_context_of_a_wrong_size(divergence, context_dim, got):
+    """In particular, one that is missing is not taken for zero."""
+    context = None if got is None else torch.randn(4, got)
+    flow = ConditionedFreeFormCNF(FreeFormNN(3, context_dim, [5]), context, divergence=divergence, solver=QUICK)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        flow(torch.randn(4, 3))
+
+
 @every_kind
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])

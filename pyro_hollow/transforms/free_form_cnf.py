@@ -165,6 +165,12 @@ def _is_plain(network: nn.Module) -> bool:
     )
 
 
+def _suits(network: FreeFormNN, context: Tensor | None) -> bool:
+    """Whether there is a closed form, and the context is as it takes it; forward itself complains of any other."""
+    size = 0 if context is None else context.shape[-1]
+    return len(network.layers) <= 3 and size == network.context_dim
+
+
 def _alias(tensor: Tensor) -> Tensor:
     """A view of its own, so that the adjoint method differentiates with respect to it and not to what it is made of."""
     return tensor.clone() if tensor.is_inference() else tensor.view_as(tensor)
@@ -322,7 +328,7 @@ class _FreeFormField:
     ) -> None:
         exact = divergence == "exact"
         self._field: Any
-        if exact and type(function) is FreeFormNN and _is_plain(function) and len(function.layers) <= 3:
+        if exact and type(function) is FreeFormNN and _is_plain(function) and _suits(function, context):
             self._field = _FreeFormNNField(function, context)
         elif hasattr(function, "bind"):
             self._field = function.bind(context)  # type: ignore[operator]
