@@ -114,7 +114,8 @@ class CachedTransform(Transform):
         except RuntimeError:
             raise ValueError(
                 f"context has batch shape {tuple(self.context.shape[:-1])}, which does not broadcast to the input's "
-                f"{tuple(x.shape[:-1])}; expand the base distribution, or the data that is scored, to it"
+                f"{tuple(x.shape[:-1])}; expand the base distribution, or the data that is scored, to the batch shape "
+                "of the context"
             ) from None
 
     def _store(self, x: Tensor, y: Tensor, ladj: Tensor) -> _Cached:

@@ -322,7 +322,7 @@ class ConditionedCNF(Transform):
             if len(batch) > len(own) or any(a not in (1, b) for a, b in zip(batch[::-1], own[::-1], strict=False)):
                 raise ValueError(
                     f"context has batch shape {tuple(batch)}, which does not broadcast to the input's {tuple(own)}; "
-                    "expand the base distribution, or the data that is scored, to it"
+                    "expand the base distribution, or the data that is scored, to the batch shape of the context"
                 )
             _check_finite("context", self.context)
         _check_finite("input", x)
