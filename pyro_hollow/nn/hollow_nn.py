@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .compiled import CompiledTape
 from .conditioner import CONDITIONERS, BoundConditioner, BoundDense, Conditioner
 from .tape import HollowTape
 from .transformer import BoundClosedForm, BoundTransformer, ClosedFormTransformer, ModuleTransformer, Transformer
@@ -86,17 +87,20 @@ class HollowField:
             raise ValueError(f"order must be 0 or more, but got {order}")
         return self.transformer.derivatives(t, x, self.conditioner(t, x), order)
 
-    def tape(self, batch_shape: torch.Size) -> HollowTape | None:
+    def tape(self, batch_shape: torch.Size, compile: bool = False) -> HollowTape | None:
         """
         A tape that records evaluations of the field with its divergence and differentiates them by hand, as
         :class:`~pyro_hollow.ode.Solver` uses it; None for other conditioners than "grouped" and "masked", and for a
         transformer of your own.
 
         :param batch_shape: the batch shape ``(*,)`` of the states.
+        :param bool compile: whether it may be one of compiled code, as it is then for small networks on a CPU.
         """
-        if isinstance(self.conditioner, BoundDense) and isinstance(self.transformer, BoundClosedForm):
-            return HollowTape(self.conditioner, self.transformer, batch_shape)
-        return None
+        if not (isinstance(self.conditioner, BoundDense) and isinstance(self.transformer, BoundClosedForm)):
+            return None
+        compiled = compile and CompiledTape.suits(self.conditioner, self.transformer, batch_shape)
+        kind = CompiledTape if compiled else HollowTape
+        return kind(self.conditioner, self.transformer, batch_shape)
 
 
 class ConditionalHollowNN(nn.Module):

@@ -131,7 +131,7 @@ class _ClosedFormTape:
             torch.addcmul(half * a_bar, a_bar * a, a, value=-0.25 / half, out=a_bar)
         p_bar[:, self._width + 1] = f_bar
         if accumulate:
-            weight_bar, slope_bar, offset_bar, input_bar, output_bar, slopes_bar = self._sums()
+            weight_bar, slope_bar, offset_bar, input_bar, output_bar, slopes_bar = self.sums()
             weight_bar.baddbmm_(p_bar, h.mT)
             _add_offset(t, p_bar, offset_bar, slope_bar)
             input_bar.baddbmm_(z_bar, x.unsqueeze(-1))
@@ -140,7 +140,8 @@ class _ClosedFormTape:
         x_bar = torch.baddbmm((f_bar * a).unsqueeze(1), self._input_weight.mT, z_bar).squeeze(1)
         return x_bar, torch.bmm(self._weight.mT, p_bar)
 
-    def _sums(self) -> Gradients:
+    def sums(self) -> Gradients:
+        """What :meth:`gradients` are made of, with those of the slopes by themselves."""
         if self._totals is None:
             tensors = (self._weight, self._slope, self._offset, self._input_weight, self._output_weight)
             self._totals = _zeros_like((*tensors, self._slopes.squeeze(1)))
@@ -148,7 +149,7 @@ class _ClosedFormTape:
 
     def gradients(self) -> Gradients:
         """Of the bound tensors, with the offset still flattened."""
-        weight_bar, slope_bar, offset_bar, input_bar, output_bar, slopes_bar = self._sums()
+        weight_bar, slope_bar, offset_bar, input_bar, output_bar, slopes_bar = self.sums()
         shift_bar = offset_bar[:, -1:].sum(-1, keepdim=True)
         row = slopes_bar.unsqueeze(1)
         input_bar = input_bar + (row * self._output_weight).mT

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -115,13 +115,45 @@ class Tape(Protocol):
         """The gradients of ``field.tensors`` from all calls of :meth:`pull`."""
 
 
+Slope = tuple[Tensor, Tensor]
+
+
+class StepTape(Tape, Protocol):
+    """A tape that takes whole steps at once; of these it keeps the states of their stages alone."""
+
+    def step(
+        self,
+        tableau: Tableau,
+        t: float,
+        h: float,
+        x: Tensor,
+        integral: Tensor,
+        first: Slope | None,
+        tolerances: tuple[float, float] | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Slope, Slope, float]:
+        """
+        State and integral at the end, the states of the stages, f and q at the beginning (which may be known) and, for
+        given tolerances, at the end, and the square of the error's ratio to these.
+        """
+
+    def back(self, tableau: Tableau, t: float, h: float, states: Tensor, x_bar: Tensor, integral_bar: Tensor) -> Tensor:
+        """The gradient of the state at the beginning of a step."""
+
+    def carry(self, tableau: Tableau, t: float, h: float, states: Tensor, score: Tensor) -> Tensor:
+        """The score at the end of a step."""
+
+
+def _takes_steps(tape: Tape) -> TypeGuard[StepTape]:
+    return hasattr(tape, "step")
+
+
 class Taped(Protocol):
     """A field of pairs (state, integral) that may have a tape."""
 
     tensors: tuple[Tensor, ...]
 
-    def tape(self, batch_shape: torch.Size) -> Tape | None:
-        """A tape for states of this batch shape; None if it has none for any."""
+    def tape(self, batch_shape: torch.Size, compile: bool = False) -> Tape | None:
+        """A tape for states of this batch shape, compiled where possible if told to; None if it has none for any."""
 
 
 @dataclass
@@ -132,7 +164,8 @@ class Path:
     :ivar x: the state at the end, packed.
     :ivar integral: the integral of q, with shape ``(batch,)``.
     :ivar times: where the accepted steps begin, and the end.
-    :ivar records: what the tape saved in each stage of each accepted step.
+    :ivar records: what the tape saved in each stage of each accepted step; the states of the stages of each accepted
+        step if it is a :class:`StepTape`.
     :ivar nfe: evaluations.
     :ivar rejected: rejected steps.
     """
@@ -165,11 +198,10 @@ def fixed(tableau: Tableau, times: Sequence[float]) -> March:
     def march(tape: Tape, x: Tensor, keep: bool) -> Path:
         path = Path(x, x.new_zeros(x.shape[1:]), list(times))
         for t, end in zip(times[:-1], times[1:], strict=True):
-            slopes, integrands, saved = zip(*_stages(tape, tableau, t, end - t, path.x, []), strict=True)
-            path.x = _step(path.x, end - t, tableau.b, slopes)
-            path.integral = _step(path.integral, end - t, tableau.b, integrands)
-            path.records += saved if keep else ()
-            path.nfe += len(saved)
+            step = _take(tape, tableau, t, end, path, None, None)
+            path.x, path.integral = step.x, step.integral
+            path.records += step.records if keep else ()
+            path.nfe += len(tableau.b)
         return path
 
     return march
@@ -185,41 +217,62 @@ def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, m
     """
 
     def march(tape: Tape, x: Tensor, keep: bool) -> Path:
-        path = Path(x, x.new_zeros(x.shape[1:]), [t0], nfe=1)
-        first, steps = tape.record(t0, x), 1
+        path, steps = Path(x, x.new_zeros(x.shape[1:]), [t0], nfe=1), 1
+        known = None  # of the field at the beginning of the next step
         smallest = torch.finfo(x.dtype).eps * max(abs(t0), abs(t1))
         while path.times[-1] != t1:
             t = path.times[-1]
             end = t1 if steps == 1 else t + (t1 - t) / steps
-            h = end - t
-            if path.nfe + len(tableau.b) > max_nfe or abs(h) < smallest:
+            if path.nfe + len(tableau.b) > max_nfe or abs(end - t) < smallest:
                 raise ArithmeticError(f"the end is out of reach from t = {t}")
-            slopes, integrands, saved = zip(*_stages(tape, tableau, t, h, path.x, [first]), strict=True)
-            x, integral = (
-                _step(start, h, tableau.b, rates) for start, rates in ((path.x, slopes), (path.integral, integrands))
-            )
-            last = tape.record(end, x)
+            step = _take(tape, tableau, t, end, path, known, (rtol, atol))
             path.nfe += len(tableau.b)
-            error = torch.maximum(
-                _error(tableau, h, path.x, x, (*slopes, last[0]), rtol, atol).mean(0).max(),
-                _error(tableau, h, path.integral, integral, (*integrands, last[1]), rtol, atol).max(),
-            )
-            ratio = math.sqrt(float(error))
-            if ratio <= 1:
-                path.x, path.integral, first = x, integral, last
+            if step.ratio <= 1:
+                path.x, path.integral, known = step.x, step.integral, step.last
                 path.times.append(end)
-                path.records += saved if keep else ()
+                path.records += step.records if keep else ()
             else:
                 path.rejected += 1
+                known = step.first
             # Bolder than by the book (0.9 and the order): far from the tolerance errors fall more slowly than by the
             # order, and in the flows of guides a few more rejected steps cost less than more steps to go back through.
             # A state that is not finite has no ratio.
-            factor = 0.95 * max(ratio, 1e-10) ** (-1 / (tableau.order - 0.5)) if ratio < math.inf else 0.0
-            longest = h * min(10.0, max(0.2, factor))
+            factor = 0.95 * max(step.ratio, 1e-10) ** (-1 / (tableau.order - 0.5)) if step.ratio < math.inf else 0.0
+            longest = (end - t) * min(10.0, max(0.2, factor))
             steps = max(1, math.ceil((t1 - path.times[-1]) / longest - 1e-6))
         return path
 
     return march
+
+
+class _Step(NamedTuple):
+    x: Tensor
+    integral: Tensor
+    records: list[tuple[Tensor, ...]]
+    first: Any
+    last: Any
+    ratio: float
+
+
+def _take(
+    tape: Tape, tableau: Tableau, t: float, end: float, path: Path, known: Any, tolerances: tuple[float, float] | None
+) -> _Step:
+    """A step from where a path has come to; with tolerances, also the evaluation at its end and the error's ratio."""
+    h = end - t
+    if _takes_steps(tape):
+        x, integral, states, begin, after, square = tape.step(tableau, t, h, path.x, path.integral, known, tolerances)
+        return _Step(x, integral, [(states,)], begin, after, math.sqrt(square))
+    records = _stages(tape, tableau, t, h, path.x, [] if known is None else [known])
+    slopes, integrands, saved = zip(*records, strict=True)
+    x, integral = _step(path.x, h, tableau.b, slopes), _step(path.integral, h, tableau.b, integrands)
+    if tolerances is None:
+        return _Step(x, integral, list(saved), records[0], None, 0.0)
+    last = tape.record(end, x)
+    error = torch.maximum(
+        _error(tableau, h, path.x, x, (*slopes, last[0]), *tolerances).mean(0).max(),
+        _error(tableau, h, path.integral, integral, (*integrands, last[1]), *tolerances).max(),
+    )
+    return _Step(x, integral, list(saved), records[0], last, math.sqrt(float(error)))
 
 
 def _stages(tape: Tape, tableau: Tableau, t: float, h: float, x: Tensor, known: list[Record]) -> list[Record]:
@@ -254,6 +307,7 @@ def solve(
     march: March,
     x: Tensor,
     score: Tensor | None = None,
+    compile: bool = False,
 ) -> tuple[tuple[Tensor, ...], Path] | None:
     """
     Solves, with gradients.
@@ -264,11 +318,12 @@ def solve(
     :param march: its steps, :func:`fixed` or :func:`adaptive`.
     :param Tensor x: the initial state with shape ``(*, d)``.
     :param Tensor score: where q is the divergence of f, the gradient of a log-density at x, to be carried along.
+    :param bool compile: whether to take a compiled tape where there is one.
     :returns: the state at the end, the integral of q and, without gradients, the score if one was given, with shapes
         ``(*, d)``, ``(*,)`` and ``(*, d)``; and how it went. None if the field has no tape.
     :raises ArithmeticError: if the end is out of reach.
     """
-    tape = field.tape(x.shape[:-1])
+    tape = field.tape(x.shape[:-1], compile)
     if tape is None:
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *field.tensors)):
@@ -289,6 +344,10 @@ def _carry(tape: Tape, tableau: Tableau, path: Path, score: Tensor) -> Tensor:
     records = iter(path.records)
     one = score.new_ones(score.shape[1])
     for t, end in zip(path.times[:-1], path.times[1:], strict=True):
+        if _takes_steps(tape):
+            (states,) = next(records)
+            score = tape.carry(tableau, t, end - t, states, score)
+            continue
         slopes: list[Tensor] = []
         for row, c in zip(tableau.a, tableau.c, strict=True):
             stage = _step(score, end - t, row, slopes)
@@ -315,6 +374,7 @@ class _Solve(torch.autograd.Function):
         result = _finish(tape, tableau, path, x, score)
         ctx.mark_non_differentiable(*result[2:])
         ctx.field, ctx.generic, ctx.tableau, ctx.times = field, generic, tableau, path.times
+        ctx.compile = _takes_steps(tape)
         ctx.size = len(path.records[0])
         ctx.save_for_backward(x, *tensors, *chain.from_iterable(path.records))
         path.records = []
@@ -347,7 +407,7 @@ class _Solve(torch.autograd.Function):
                 )
             )
             return *nothing, *(next(gradients) if v.requires_grad else None for v in (x, *tensors))
-        tape = ctx.field.tape(x.shape[:-1])  # a fresh one, as another backward pass may follow
+        tape = ctx.field.tape(x.shape[:-1], ctx.compile)  # a fresh one, as another backward pass may follow
         records = [tuple(saved[i : i + ctx.size]) for i in range(0, len(saved), ctx.size)]
         start_bar = _backward(tape, ctx.tableau, ctx.times, tape.pack(x_bar), integral_bar.reshape(-1), records)
         return *nothing, tape.unpack(start_bar), *tape.gradients()
@@ -365,6 +425,10 @@ def _backward(
     stages = range(len(tableau.b))
     for start, end in zip(times[-2::-1], times[:0:-1], strict=True):
         h = end - start
+        if _takes_steps(tape):
+            (states,) = records.pop()
+            x_bar = tape.back(tableau, start, h, states, x_bar, integral_bar)
+            continue
         # The gradients of the states at which the stages are evaluated, latest first.
         states_bar: list[Tensor] = []
         total = x_bar

@@ -93,7 +93,10 @@ class Solver:
     first five methods of fixed step, is solved without torchdiffeq and differentiated by hand: to the same tolerances
     and with the gradients as exact, in fewer operations. An adaptive solve of that kind first tries the whole interval
     in one step; later steps divide what is left of it evenly. (With other options than "step_size", under autocast and
-    when traced or transformed, torchdiffeq solves.)
+    when traced or transformed, torchdiffeq solves.) With ``compile=True`` such solves run in compiled code where the
+    network is small, which is several times faster: on a CPU, for a grouped conditioner, the activations "silu" and
+    "tanh", and up to 5 million products of samples and weights in an evaluation (32 samples up to about 45
+    dimensions); all else runs as without. Compiling takes a second in each process that solves, and a C compiler.
 
     :param str method: a name in :data:`METHODS`.
     :param float rtol: relative tolerance of adaptive methods.
@@ -101,6 +104,7 @@ class Solver:
     :param options: further options of the method, by name; those of torchdiffeq's methods as there.
     :param bool adjoint: gradients by the adjoint method.
     :param int max_nfe: the number of evaluations, forward and again backward, beyond which a solve is given up.
+    :param bool compile: whether to run in compiled code what can be.
     :raises ValueError: for unknown methods and options, and for tolerances that are not positive.
 
     References:
@@ -124,6 +128,7 @@ class Solver:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     adjoint: bool = False
     max_nfe: int = 10_000
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -166,6 +171,7 @@ class Solver:
         :raises SolverError: on step underflow, non-finite values, a corrector that does not converge, or more than
             max_nfe evaluations.
         :raises RuntimeError: if an adaptive solve is traced: the trace would repeat the steps of this one input.
+            For compile=True without a C compiler.
         """
         first = parts(state)[0]
         stats = SolverStats()
@@ -234,7 +240,8 @@ class Solver:
             return parts(self._odeint(field, (x, torch.zeros_like(integral), *scores), times.to(x.device), None))[:2]
 
         try:
-            result = runge_kutta.solve(cast(runge_kutta.Taped, field), generic, tableau, march, x, *scores)
+            taped = cast(runge_kutta.Taped, field)
+            result = runge_kutta.solve(taped, generic, tableau, march, x, next(iter(scores), None), self.compile)
         except ArithmeticError:
             return None
         if result is None or not are_finite(result[0]):

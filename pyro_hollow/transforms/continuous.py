@@ -54,7 +54,7 @@ class _Augmented:
         self.tensors = field.tensors
         self._field = field
         #: Makes a tape for the solver, where the field has one.
-        self.tape = getattr(field, "tape", lambda batch_shape: None)
+        self.tape = getattr(field, "tape", lambda batch_shape, compile=False: None)
         #: The dynamics of the state alone, of which the rest is an integral, where the field can be called for them.
         self.state_field = field if callable(field) else None
 
