@@ -80,6 +80,7 @@ VARIANTS: dict[str, Callable[[Any], AutoGuide]] = {
     "diagonal": _hollow(affine="diagonal"),
     "path-gradient": _hollow(path_gradient=True),
     "overdispersed": _hollow(path_gradient=True, overdispersion=2.0),
+    "compiled": _hollow(compile=True),
     "rtol-1e-1": _hollow(solver=Solver(rtol=1e-1, atol=1e-1)),
     "rtol-1e-2": _hollow(solver=Solver(rtol=1e-2, atol=1e-2)),
     "rtol-1e-4": _hollow(solver=Solver(rtol=1e-4, atol=1e-4)),

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from tqdm.auto import tqdm
 
 from pyro_hollow.infer import AutoHollowCNF
 from pyro_hollow.nn import ClosedFormTransformer, ConditionalHollowNN, HollowNN
+from pyro_hollow.nn.compiled import prepare
 from pyro_hollow.ode import Solver
 from pyro_hollow.ops import dimwise_derivatives
 from pyro_hollow.transforms import FreeFormCNF, FreeFormNN, HollowCNF
@@ -244,12 +246,23 @@ SOLVERS = {
 }
 
 
+def can_compile(device: str) -> bool:
+    """Whether compile=True makes a difference."""
+    try:
+        prepare(torch.zeros((), device=device))
+    except RuntimeError:
+        return False
+    return device == "cpu"
+
+
 def tape_over_autograd(sizes: Sequence[tuple[int, int]], repeats: int, device: str = "cpu") -> list[str]:
-    """Rows: whole solves, forward + backward, by tape and by torchdiffeq with automatic differentiation."""
+    """Rows: whole solves, forward + backward, by tape, compiled and by torchdiffeq with automatic differentiation."""
     lines = [
-        "| d, batch | solver | by tape (ms) | evaluations | by autograd (ms) | evaluations | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| d, batch | solver | by tape (ms) | evaluations | by autograd (ms) | evaluations | ratio | compiled (ms) | "
+        "ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    compiles = can_compile(device)
     for d, batch in sizes:
         net = HollowNN(d, max_rate=4.0)  # as in a flow
         assert isinstance(net.transformer, ClosedFormTransformer)
@@ -258,12 +271,18 @@ def tape_over_autograd(sizes: Sequence[tuple[int, int]], repeats: int, device: s
         x = torch.randn(batch, d, device=device)
         for name, solver in SOLVERS.items():
             flows = {"tape": HollowCNF(net, solver=solver), "autograd": AutogradCNF(net, solver=solver)}
+            if compiles:
+                flows["compiled"] = HollowCNF(net, solver=replace(solver, compile=True))
             steps: dict[str, Callable[[], object]] = {k: partial(_step_of_density, f, x) for k, f in flows.items()}
             times = interleaved(steps, repeats, f"solve, d = {d}, {name}")
+            last = "- | -"
+            if compiles:
+                last = f"{times['compiled'] * 1e3:.1f} | {times['autograd'] / times['compiled']:.1f}"
             nfe = {k: flow.last_solve.nfe if flow.last_solve else 0 for k, flow in flows.items()}
+            ratio = times["autograd"] / times["tape"]
             lines.append(
                 f"| {d}, {batch} | {name} | {times['tape'] * 1e3:.1f} | {nfe['tape']} | "
-                f"{times['autograd'] * 1e3:.1f} | {nfe['autograd']} | {times['autograd'] / times['tape']:.1f} |"
+                f"{times['autograd'] * 1e3:.1f} | {nfe['autograd']} | {ratio:.1f} | {last} |"
             )
     return lines
 
@@ -339,9 +358,14 @@ def memory_table(
     return lines
 
 
-def svi_guides() -> dict[str, Callable[[Any], AutoGuide]]:
+def svi_guides(device: str = "cpu") -> dict[str, Callable[[Any], AutoGuide]]:
     """The guides whose steps are timed."""
+    compiled: dict[str, Callable[[Any], AutoGuide]] = {
+        "AutoHollowCNF, compiled": lambda model: AutoHollowCNF(model, warm_up=0, compile=True),
+        "AutoHollowCNF, tanh, compiled": lambda model: AutoHollowCNF(model, warm_up=0, activation="tanh", compile=True),
+    }
     return {
+        **(compiled if can_compile(device) else {}),
         "AutoHollowCNF": lambda model: AutoHollowCNF(model, warm_up=0),
         "AutoHollowCNF, tanh": lambda model: AutoHollowCNF(model, warm_up=0, activation="tanh"),
         "AutoHollowCNF, warming up": lambda model: AutoHollowCNF(model, warm_up=10**9),
@@ -366,7 +390,7 @@ def svi_steps(dims: Sequence[int], repeats: int, device: str = "cpu") -> list[st
 
         pyro.clear_param_store()
         steps = {}
-        for name, make in svi_guides().items():
+        for name, make in svi_guides(device).items():
             guide = make(model)
             guide._pyro_name = name.replace(" ", "_")  # guides of one class would share their parameters in the store
             svi = SVI(

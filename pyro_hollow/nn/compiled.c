@@ -219,14 +219,34 @@ static REAL total(vec value) {
 #define LEFT (LANES / RIGHT)
 
 static inline __attribute__((always_inline)) void add_products(
-    vec *sum, const REAL *const *factors, const REAL *const *others, int64_t c, int64_t lanes
+    vec *sum, const REAL *const *right, const REAL *const *left, int64_t c, int64_t lanes
 ) {
     vec factor[RIGHT];
-    for (int j = 0; j < RIGHT; j++) factor[j] = load(factors[j] + c, lanes);
+    for (int j = 0; j < RIGHT; j++) factor[j] = load(right[j] + c, lanes);
     for (int i = 0; i < LEFT; i++) {
-        const vec other = load(others[i] + c, lanes);
+        const vec other = load(left[i] + c, lanes);
         for (int j = 0; j < RIGHT; j++) sum[i * RIGHT + j] += other * factor[j];
     }
+}
+
+/* For a tile of so many rows and columns, which are constants where it is a full one. */
+static inline __attribute__((always_inline)) void multiply_tile(
+    REAL *out, int64_t stride, const REAL *left, int64_t rows, const REAL *right, int64_t columns, int64_t count
+) {
+    const REAL *rights[RIGHT], *lefts[LEFT]; /* beyond the edges the first ones again */
+    for (int j = 0; j < RIGHT; j++) rights[j] = right + (j < columns ? j : 0) * count;
+    for (int i = 0; i < LEFT; i++) lefts[i] = left + (i < rows ? i : 0) * count;
+    vec sum[LANES] = {{0}};
+    int64_t c = 0;
+    for (; c + LANES <= count; c += LANES) add_products(sum, rights, lefts, c, LANES);
+    if (c < count) add_products(sum, rights, lefts, c, count - c);
+    for (int64_t lanes = LANES; lanes > 1; lanes /= 2)
+        for (int j = 0; j < lanes / 2; j++)
+            sum[j] = alternate(sum[2 * j], sum[2 * j + 1], 0) + alternate(sum[2 * j], sum[2 * j + 1], 1);
+    REAL totals[LANES];
+    store(totals, sum[0], LANES);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) out[i * stride + j] += totals[i * RIGHT + j];
 }
 
 /* out[r][k] += sum over c of left[r][c] right[k][c]. */
@@ -235,19 +255,13 @@ static void multiply_rows(
 ) {
     for (int64_t k = 0; k < columns; k += RIGHT)
         for (int64_t r = 0; r < rows; r += LEFT) {
-            const REAL *factors[RIGHT], *others[LEFT]; /* at the edges the same ones again */
-            for (int j = 0; j < RIGHT; j++) factors[j] = right + (k + j < columns ? k + j : k) * count;
-            for (int i = 0; i < LEFT; i++) others[i] = left + (r + i < rows ? r + i : r) * count;
-            vec sum[LANES] = {{0}};
-            int64_t c = 0;
-            for (; c + LANES <= count; c += LANES) add_products(sum, factors, others, c, LANES);
-            if (c < count) add_products(sum, factors, others, c, count - c);
-            for (int64_t lanes = LANES; lanes > 1; lanes /= 2)
-                for (int j = 0; j < lanes / 2; j++)
-                    sum[j] = alternate(sum[2 * j], sum[2 * j + 1], 0) + alternate(sum[2 * j], sum[2 * j + 1], 1);
-            for (int i = 0; i < LEFT && r + i < rows; i++)
-                for (int j = 0; j < RIGHT && k + j < columns; j++)
-                    out[(r + i) * stride + k + j] += sum[0][i * RIGHT + j];
+            REAL *to = out + r * stride + k;
+            const REAL *some = left + r * count, *others = right + k * count;
+            if (r + LEFT <= rows && k + RIGHT <= columns)
+                multiply_tile(to, stride, some, LEFT, others, RIGHT, count);
+            else
+                multiply_tile(to, stride, some, rows - r < LEFT ? rows - r : LEFT, others,
+                              columns - k < RIGHT ? columns - k : RIGHT, count);
         }
 }
 

@@ -74,7 +74,7 @@ def _tableau(method: _Coefficients) -> tuple[_Tableau, tuple[Any, ...]]:
     stages = len(method.b)
     rows = [weight for row in method.a for weight in (*row, *(0.0,) * (stages - len(row)))]
     arrays = tuple(_doubles(list(values)) for values in (rows, method.b, method.c, method.error))
-    pointers = [ctypes.cast(array, _POINTER) if len(array) else None for array in arrays]
+    pointers = [ctypes.addressof(array) if len(array) else None for array in arrays]
     return _Tableau(stages, *pointers), arrays
 
 
@@ -165,7 +165,7 @@ class CompiledTape(HollowTape):
         ]
         tensors = [tensor.detach().contiguous() for tensor in tensors]
         arrays = (_INT * len(self._units))(*self._units), _addresses(biases), _addresses(weights)
-        units, bias, weight = (ctypes.cast(array, _POINTER) for array in arrays)
+        units, bias, weight = map(ctypes.addressof, arrays)
         first, offset, *others = (tensor.data_ptr() for tensor in tensors)
         tanh = ACTIVATIONS["tanh"]
         self._net = _Net(
@@ -255,8 +255,7 @@ class CompiledTape(HollowTape):
             weight, offset, *pairs = self._conditioner.gradients()
             arrays = _addresses(pairs[::2]), _addresses(pairs[1::2])
             others = (tensor.data_ptr() for tensor in self._transformer.sums())
-            pointers = (ctypes.cast(array, _POINTER) for array in arrays)
-            self._gradients = _Sums(weight.data_ptr(), offset.data_ptr(), *pointers, *others)
+            self._gradients = _Sums(weight.data_ptr(), offset.data_ptr(), *map(ctypes.addressof, arrays), *others)
             self._alive += arrays
         return self._gradients
 
