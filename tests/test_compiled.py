@@ -5,6 +5,7 @@
 
 import copy
 import dataclasses
+import os
 import pickle
 import shutil
 from contextlib import contextmanager
@@ -23,9 +24,8 @@ from pyro_hollow.ode import Solver, SolverError
 from pyro_hollow.ode.runge_kutta import TABLEAUS
 from pyro_hollow.transforms import conditional_hollow_cnf, hollow_cnf
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="compile=True needs a C compiler"
-)
+COMPILER = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="compile=True needs a C compiler")
 
 SOLVERS = {
     **{name: Solver(name, options={"step_size": 0.4}) for name in TABLEAUS if not TABLEAUS[name].error},
@@ -75,7 +75,9 @@ def both_ways(flow, function):
     answers, solver = [], flow.solver
     for kind in (HollowTape, CompiledTape):
         flow.solver = dataclasses.replace(solver, compile=kind is CompiledTape)
-        with counted_tapes() as kinds:
+        with counted_tapes() as kinds, pytest.MonkeyPatch.context() as patch:
+            # Or torchdiffeq would take over where compiled code fails.
+            patch.setattr(Solver, "_odeint", lambda *args: pytest.fail("not solved by tape"))
             answers.append(function())
         assert kinds and kind in kinds
         assert kind is CompiledTape or CompiledTape not in kinds
@@ -161,6 +163,84 @@ def test_saturation(activation, dtype, size):
     assert_close(actual, expected, TOLERANCES[dtype])
 
 
+GRADIENTS = {
+    "sum of log-determinants": lambda y, ladj: (torch.zeros_like(y), torch.ones(()).expand(ladj.shape)),
+    "sum of values": lambda y, ladj: (torch.ones(()).expand(y.shape), torch.zeros_like(ladj)),
+    "sums": lambda y, ladj: (torch.tensor(0.3).expand(y.shape), torch.tensor(-0.7).expand(ladj.shape)),
+    "strided": lambda y, ladj: (torch.randn(*y.shape[::-1]).permute(2, 1, 0), torch.randn(*ladj.shape[::-1]).mT),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_incoming_gradients(method, name):
+    """Such as are expanded or strided."""
+    flow = strengthen(hollow_cnf(3, [5], solver=SOLVERS[method], cache_size=0))
+    x = torch.randn(4, 6, 3, requires_grad=True)
+    torch.manual_seed(0)
+    given = GRADIENTS[name](*flow.call_and_ladj(x))
+
+    def gradients():
+        return torch.autograd.grad(flow.call_and_ladj(x), [x, *flow.nn.parameters()], given)
+
+    expected, actual = both_ways(flow, gradients)
+    assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_frozen_parameters(method):
+    """Gradients of x alone, and of a few parameters."""
+    flow = strengthen(hollow_cnf(3, [5, 4], solver=SOLVERS[method], cache_size=0))
+    x = torch.randn(7, 3, requires_grad=True)
+    for parameter in flow.nn.parameters():
+        parameter.requires_grad_(False)
+    for kept in (None, flow.nn.transformer.input_weight, flow.nn.conditioner.offset.weight):
+        leaves = [x] if kept is None else [x, kept.requires_grad_()]
+
+        def gradients(leaves=leaves):
+            y, ladj = flow.call_and_ladj(x)
+            return torch.autograd.grad(y.pow(3).sum() + ladj.sum(), leaves)
+
+        expected, actual = both_ways(flow, gradients)
+        assert_close(actual, expected, 1e-12)
+
+
+def test_hooks_of_saved_tensors():
+    """They may give back what was saved in another layout."""
+    flow = strengthen(hollow_cnf(3, [5], solver=SOLVERS["rk4"], cache_size=0))
+    x = torch.randn(7, 3, requires_grad=True)
+
+    def gradients():
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda v: v.mT.contiguous() if v.dim() > 1 else v, lambda v: v.mT if v.dim() > 1 else v
+        ):
+            y, ladj = flow.call_and_ladj(x)
+        return torch.autograd.grad(y.pow(3).sum() + ladj.sum(), [x, *flow.nn.parameters()])
+
+    expected, actual = both_ways(flow, gradients)
+    assert_close(actual, expected, 1e-12)
+
+
+def test_mixed_types_go_by_tape():
+    flow = strengthen(hollow_cnf(3, [5], solver=Solver("rk4", compile=True), cache_size=0))
+    flow.nn.transformer.input_weight.data = flow.nn.transformer.input_weight.data.float()
+    with counted_tapes() as kinds:
+        flow(torch.randn(7, 3))
+    assert kinds == [HollowTape]
+
+
+@pytest.mark.parametrize("nan", [0x7FF8000000000000, 0x7FF00000000007A2, 0xFFF8000000000001])
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+def test_nan_stays_nan(activation, nan):
+    """Whatever its payload."""
+    bits = torch.tensor([nan - 2**64 if nan >= 2**63 else nan])
+    flow = hollow_cnf(2, [4], activation=activation, solver=Solver("euler", compile=True), cache_size=0)
+    with torch.no_grad():
+        flow.nn.conditioner.offset.weight[:, 0] = bits.view(torch.float64)
+    with pytest.raises(SolverError, match="non-finite"):
+        flow(torch.randn(3, 2))
+
+
 def test_gradients_twice():
     """A second pass through the same graph, and second derivatives, which compiled code leaves to autograd."""
     flow = strengthen(hollow_cnf(3, [5], solver=dataclasses.replace(SOLVERS["rk4"], compile=True), cache_size=0))
@@ -240,16 +320,28 @@ def fresh():
 
 
 def test_compiler_of_the_environment(fresh, monkeypatch):
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))))
-    monkeypatch.setenv("CC", f"{compiler} -w")
+    monkeypatch.setenv("CC", f"{shutil.which(COMPILER) or COMPILER} -w")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    compiled.prepare(torch.zeros(()))
+    hollow_cnf(2, solver=Solver(compile=True))(torch.randn(3, 2))
+
+
+def test_compiler_in_a_folder_with_a_space(fresh, monkeypatch, tmp_path):
+    (tmp_path / "a folder").mkdir()
+    found = shutil.which("gcc") or shutil.which("cc")
+    if found is None:
+        pytest.skip("needs gcc or cc in the path")
+    (tmp_path / "a folder" / "cc").symlink_to(found)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'a folder'}{os.pathsep}{os.environ['PATH']}")
+    hollow_cnf(2, solver=Solver(compile=True))(torch.randn(3, 2))
 
 
 NO_COMPILERS = {
     "none": (None, "needs a C compiler, but there is no cc, gcc or clang"),
     "missing": ("no-such-compiler", "needs a C compiler, but 'no-such-compiler' cannot be run"),
     "failing": ("false", "compile=True failed: false "),
+    "idle": ("true", "could compile, but not load the result"),
+    "unreadable": ("cc '", "cannot read the environment variable CC"),
 }
 
 
@@ -268,7 +360,11 @@ def test_no_compiler(fresh, monkeypatch, name):
     guide = AutoHollowCNF(two_normals, compile=True)
     with pytest.raises(RuntimeError, match=message):
         guide()
+    for kwargs in ({"penalty": 1e-3}, {"activation": "softplus"}, {"conditioner": "masked", "hidden_dims": [4, 4]}):
+        pyro.clear_param_store()
+        AutoHollowCNF(two_normals, compile=True, **kwargs)()  # nothing to compile
     monkeypatch.undo()
+    pyro.clear_param_store()
     guide()  # and as if nothing had happened
 
 

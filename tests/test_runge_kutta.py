@@ -135,7 +135,7 @@ class Known:
         self.times.append(float(t.detach()))
         return self.function(t, state[0])
 
-    def tape(self, batch_shape, compile=False):
+    def tape(self, batch_shape):
         return FunctionTape(self, batch_shape)
 
 

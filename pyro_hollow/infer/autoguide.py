@@ -22,7 +22,6 @@ from torch.distributions import ComposeTransform, Transform, biject_to
 
 from pyro_hollow.infer.guide_posterior import Affine, PathPosterior, Posterior, Stretching, Tails
 from pyro_hollow.infer.plates import plates, subsampled
-from pyro_hollow.nn.compiled import prepare
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import hollow_cnf
 
@@ -114,8 +113,8 @@ class AutoHollowCNF(AutoContinuous):
         :class:`~pyro.infer.Trace_ELBO` and its like, all the data in every step, and this as the whole guide:
         parameters of the model and of other guides would get a biased gradient, what ``svi.step`` returns is not the
         negative ELBO, and samples for other purposes are to be drawn without gradients or after ``guide.eval()``.
-    :param bool compile: solve in compiled code, see :class:`~pyro_hollow.ode.Solver`: up to some 45 latents with 32
-        particles on a CPU a step takes about half as long. The first call compiles, which takes a second.
+    :param bool compile: solve in compiled code where there is some, as ``Solver(compile=True)``: up to about 40 latents
+        with 32 particles on a CPU a step takes about half as long. The first call compiles, which takes a second.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
         "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
@@ -259,8 +258,6 @@ class AutoHollowCNF(AutoContinuous):
         self.flows = self._make_flows(loc) if flows is None else flows
 
     def _make_flows(self, loc: Tensor) -> nn.ModuleList:
-        if self.solver.compile:
-            prepare(loc)  # rather than after the warm-up
         d = len(loc)
         settings = {"conditioner": "grouped" if d <= _MAX_GROUPED else "leave-one-out", **self._settings}
         # A copy each: a conditioner of the user's own must not be shared.
@@ -268,6 +265,12 @@ class AutoHollowCNF(AutoContinuous):
         flows = [hollow_cnf(d, **{**settings, "conditioner": conditioner}).to(loc) for conditioner in own]
         for flow in flows:
             flow.nn.transformer.reset_to_zero()
+        if self.solver.compile and not self._penalty:
+            with torch.no_grad():
+                flows[0](
+                    loc.new_zeros(1, d)
+                )  # a first solve, rather than after the warm-up, to see that it can compile
+            flows[0].clear_cache()
         return nn.ModuleList(flows)
 
     @property

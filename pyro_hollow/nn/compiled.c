@@ -5,8 +5,8 @@
    backward pass. It does what nn/tape.py and ode/runge_kutta.py do, on as many samples at a time as a vector register
    holds: so all that a coordinate needs stays in the cache, and nothing is kept of a stage but its state.
 
-   Arrays of the caller are coordinate-major: (d, batch), or (stages, d, batch). Defined when compiling: REAL, and INT,
-   the integer of its size. */
+   Arrays of the caller are coordinate-major: (d, batch), or (stages, d, batch). Defined when compiling: REAL, and UINT,
+   the unsigned integer of its size. */
 
 #include <math.h>
 #include <stdint.h>
@@ -23,7 +23,7 @@
 #define LANES ((int64_t)(BYTES / sizeof(REAL)))
 
 typedef REAL vec __attribute__((vector_size(BYTES)));
-typedef INT ivec __attribute__((vector_size(BYTES)));
+typedef UINT bits __attribute__((vector_size(BYTES)));
 
 /* The bound tensors; see _DenseTape and _ClosedFormTape. Offsets have one column, or one for each sample. */
 typedef struct {
@@ -32,13 +32,13 @@ typedef struct {
     const int64_t *units; /* of each layer of the conditioner, of which there are depth */
     const REAL *weight, *offset; /* of the first one, time in the last column */
     const REAL *const *biases, *const *weights; /* of the later ones */
-    const REAL *term_weight, *term_slope, *term_offset, *input_weight, *output_weight, *slopes;
+    const REAL *term_weight, *term_time, *term_offset, *input_weight, *output_weight, *slopes;
 } Net;
 
 /* The sums of the gradients; see the same. */
 typedef struct {
     REAL *weight, *offset, *const *biases, *const *weights;
-    REAL *term_weight, *term_slope, *term_offset, *input_weight, *output_weight, *slopes;
+    REAL *term_weight, *term_time, *term_offset, *input_weight, *output_weight, *slopes;
 } Sums;
 
 typedef struct {
@@ -46,11 +46,11 @@ typedef struct {
     const double *a, *b, *c, *error; /* a with all its columns; error is NULL for a fixed step */
 } Tableau;
 
-/* What one coordinate needs of one group of samples. */
+/* What is known of one group of samples: of all coordinates, and then of the one at hand. */
 typedef struct {
-    vec *x, *x_bar, *f_bar; /* (d) */
-    vec *h, *slope, *z_bar; /* of the units of all layers, one after the other */
-    vec *p, *p_bar, *value, *curve, *bend; /* of the terms: their arguments, and three orders */
+    vec *x, *x_bar, *f_bar;
+    vec *h, *slope, *z_bar; /* the units of all layers, one after the other; g'; the gradients of their arguments */
+    vec *p, *p_bar, *value, *first, *second; /* the terms: their arguments with gradients, g, g' and g'' */
 } Work;
 
 static int64_t all_units(const Net *net) {
@@ -77,24 +77,25 @@ static void store(REAL *to, vec value, int64_t count) {
         memcpy(to, &value, count * sizeof(REAL));
 }
 
-static vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+static vec choose(bits mask, vec yes, vec no) { return (vec)((mask & (bits)yes) | (~mask & (bits)no)); }
 
-/* exp(z) = 2^n exp(r) with |r| <= log(2) / 2, by the exponential series. */
+/* exp(z) = 2^n exp(r) with |r| <= log(2) / 2, by the exponential series. Where 2^n is no normal number: 0, or infinite. */
 static vec exponential(vec z) {
-    const int is_float = sizeof(REAL) == 4, bits = is_float ? 23 : 52;
-    const REAL limit = is_float ? 87 : 708, magic = is_float ? 12582912.0 : 6755399441055744.0; /* 1.5 * 2^bits */
-    z = choose(z > limit, broadcast(limit), choose(z < -limit, broadcast(-limit), z));
-    vec shifted = z * (REAL)1.4426950408889634 + magic, n = shifted - magic;
-    ivec exponent = ((ivec)shifted - (ivec)broadcast(magic)) << bits;
-    vec r = z - n * (REAL)(is_float ? 0.693359375 : 0.693147180369123816490);
-    r -= n * (REAL)(is_float ? -2.12194440e-4 : 1.90821492927058770002e-10);
+    const int is_float = sizeof(REAL) == 4, digits = is_float ? 23 : 52;
+    const REAL limit = is_float ? 87 : 708, magic = is_float ? 12582912.0 : 6755399441055744.0; /* 1.5 * 2^digits */
     static const REAL series[] = {
         1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800,
         1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800,
     };
+    vec shifted = z * (REAL)1.4426950408889634 + magic, n = shifted - magic;
+    bits exponent = ((bits)shifted - (bits)broadcast(magic)) << digits;
+    vec r = z - n * (REAL)(is_float ? 0.693359375 : 0.693147180369123816490); /* log(2) in two parts */
+    r -= n * (REAL)(is_float ? -2.12194440e-4 : 1.90821492927058770002e-10);
     vec sum = broadcast(series[is_float ? 7 : 13]);
     for (int k = is_float ? 6 : 12; k >= 0; k--) sum = series[k] + sum * r;
-    return (vec)((ivec)sum + exponent);
+    sum = choose((bits)(z == z), (vec)((bits)sum + exponent), z);
+    sum = choose((bits)(z > limit), broadcast(INFINITY), sum);
+    return choose((bits)(z < -limit), broadcast(0), sum);
 }
 
 /* g, g' and g'' of nn/activations.py for "silu" and "tanh". */
@@ -164,11 +165,11 @@ static vec coordinate(const Net *net, Work *work, int64_t i, REAL t, int64_t beg
     const int64_t units = net->units[net->depth - 1], first = i * terms;
     for (int64_t r = 0; r < terms; r++)
         work->p[r] = offset_at(net->term_offset, first + r, net->term_columns, begin, count)
-                   + t * net->term_slope[first + r];
+                   + t * net->term_time[first + r];
     multiply(work->p, net->term_weight + first * units, units, terms, units, h - units);
     for (int64_t m = 0; m < net->width; m++) {
         vec z = work->p[m] + net->input_weight[i * net->width + m] * work->x[i];
-        activate(net->logistic_terms, z, &work->value[m], &work->curve[m], &work->bend[m]);
+        activate(net->logistic_terms, z, &work->value[m], &work->first[m], &work->second[m]);
     }
     vec a = work->p[net->width];
     const REAL max_rate = net->max_rate;
@@ -187,7 +188,7 @@ static void evaluate(const Net *net, Work *work, double t, const REAL *x, REAL *
             trace += a;
             for (int64_t m = 0; m < width; m++) {
                 value += net->output_weight[i * width + m] * work->value[m];
-                trace += net->slopes[i * width + m] * work->curve[m];
+                trace += net->slopes[i * width + m] * work->first[m];
             }
             store(f + i * batch + begin, value, count);
         }
@@ -202,7 +203,7 @@ static vec alternate(vec one, vec other, int from) {
     for (int l = 0; l < LANES; l++) lanes[l] = 2 * l < LANES ? one[2 * l + from] : other[2 * l + from - LANES];
     return lanes;
 #else
-    ivec order;
+    bits order;
     for (int l = 0; l < LANES; l++) order[l] = 2 * l + from;
     return __builtin_shuffle(one, other, order);
 #endif
@@ -295,8 +296,8 @@ static void pull(
             vec direct = f_i * a, a_bar = q_bar + f_i * work->x[i];
             for (int64_t m = 0; m < width; m++) {
                 const int64_t im = i * width + m;
-                work->p_bar[m] = net->slopes[im] * q_bar * work->bend[m]
-                               + net->output_weight[im] * f_i * work->curve[m];
+                work->p_bar[m] = net->slopes[im] * q_bar * work->second[m]
+                               + net->output_weight[im] * f_i * work->first[m];
                 direct += net->input_weight[im] * work->p_bar[m];
             }
             work->x_bar[i] += direct;
@@ -323,28 +324,34 @@ static void pull(
             to = put(to, columns, work->z_bar, all, count);
             to = put(to, columns, work->p_bar, width + 2, count);
             to = put(to, columns, work->value, width, count);
-            to = put(to, columns, work->curve, width, count);
+            to = put(to, columns, work->first, width, count);
         }
         for (int64_t i = 0; i < d; i++) store(x_bar + i * batch + begin, work->x_bar[i], count);
     }
 }
 
-static vec *take(vec **from, int64_t count) {
-    vec *start = *from;
-    *from += count;
+static vec *take(vec **memory, int64_t count) {
+    vec *start = *memory;
+    *memory += count;
     return start;
 }
 
-/* To be freed by its x. */
-static Work make_work(const Net *net) {
-    const int64_t units = all_units(net);
-    vec *memory = aligned_alloc(BYTES, (3 * net->d + 3 * units + 5 * (net->width + 2)) * sizeof(vec));
-    return (Work){
-        take(&memory, net->d), take(&memory, net->d), take(&memory, net->d),
-        take(&memory, units), take(&memory, units), take(&memory, units),
-        take(&memory, net->width + 2), take(&memory, net->width + 2), take(&memory, net->width + 2),
-        take(&memory, net->width + 2), take(&memory, net->width + 2),
-    };
+static int64_t work_size(const Net *net) { return 3 * (net->d + all_units(net)) + 5 * (net->width + 2); }
+
+static Work make_work(const Net *net, vec *memory) {
+    Work work;
+    vec **of_coordinates[] = {&work.x, &work.x_bar, &work.f_bar}, **of_units[] = {&work.h, &work.slope, &work.z_bar};
+    vec **of_terms[] = {&work.p, &work.p_bar, &work.value, &work.first, &work.second};
+    for (int k = 0; k < 3; k++) *of_coordinates[k] = take(&memory, net->d);
+    for (int k = 0; k < 3; k++) *of_units[k] = take(&memory, all_units(net));
+    for (int k = 0; k < 5; k++) *of_terms[k] = take(&memory, net->width + 2);
+    return work;
+}
+
+/* Memory for a Work and, behind it, so many numbers; NULL if there is none. The caller frees block. */
+static vec *allocate(const Net *net, int64_t numbers, void **block) {
+    *block = malloc((work_size(net) + 1) * sizeof(vec) + numbers * sizeof(REAL));
+    return *block == NULL ? NULL : (vec *)(((uintptr_t)*block + BYTES - 1) / BYTES * BYTES);
 }
 
 /* out = x + h * (the sum of weight[stride * s] * slopes[s] for s from begin to end), all of a size. */
@@ -382,13 +389,18 @@ static double largest_error(
 }
 
 /* One step: fills the states, slopes and integrands of its stages, of which the first is known if told so, and x and
-   integral at its end. With an error estimate evaluates there, too, and returns the square of the error's ratio. */
+   integral at its end. With an error estimate evaluates there, too, and returns the square of the error's ratio; -1 if
+   there is no memory. */
 double step(
     const Net *net, const Tableau *tableau, double t, double h, const REAL *x, const REAL *integral, int64_t known,
     REAL *states, REAL *slopes, REAL *integrands, REAL *x_end, REAL *integral_end, double rtol, double atol
 ) {
     const int64_t stages = tableau->stages, batch = net->batch, size = net->d * batch;
-    Work work = make_work(net);
+    void *block;
+    vec *memory = allocate(net, size, &block);
+    if (memory == NULL) return -1;
+    Work work = make_work(net, memory);
+    REAL *error = (REAL *)(memory + work_size(net));
     for (int64_t s = 0; s < stages; s++) {
         combine(states + s * size, x, h, tableau->a + s * stages, 1, slopes, 0, s, size);
         if (s >= known)
@@ -399,14 +411,12 @@ double step(
     double worst = 0;
     if (tableau->error != NULL) {
         evaluate(net, &work, t + h, x_end, slopes + stages * size, integrands + stages * batch);
-        REAL *error = malloc(size * sizeof(REAL));
         const double state = largest_error(tableau, h, x, x_end, slopes, net->d, batch, rtol, atol, error);
         const double other =
             largest_error(tableau, h, integral, integral_end, integrands, 1, batch, rtol, atol, error);
-        free(error);
         worst = isnan(state) || isnan(other) ? NAN : fmax(state, other);
     }
-    free(work.x);
+    free(block);
     return worst;
 }
 
@@ -440,7 +450,7 @@ static void add_gradients(
     for (int64_t i = 0; i < d; i++) {
         const REAL *x = rows + i * columns, *units = rows + (d + i * (2 * all + terms + 2 * width)) * columns;
         const REAL *z_bar = units + all * columns, *p_bar = z_bar + all * columns;
-        const REAL *value = p_bar + terms * columns, *curve = value + width * columns;
+        const REAL *value = p_bar + terms * columns, *slope = value + width * columns;
         int64_t n = net->units[0], first = i * n;
         REAL *weight = sums->weight + first * (d + 1);
         multiply_rows(weight, d + 1, z_bar, n, rows, d, columns);
@@ -460,53 +470,57 @@ static void add_gradients(
             units += before * columns;
         }
         multiply_rows(sums->term_weight + i * terms * n, n, p_bar, terms, units, n, columns);
-        add_offset(sums->term_offset + i * terms * net->term_columns, net->term_columns, sums->term_slope + i * terms,
+        add_offset(sums->term_offset + i * terms * net->term_columns, net->term_columns, sums->term_time + i * terms,
                    1, p_bar, terms, tableau, t, h, net->batch);
         multiply_rows(sums->input_weight + i * width, width, x, 1, p_bar, width, columns);
         multiply_rows(sums->output_weight + i * width, width, p_bar + (width + 1) * columns, 1, value, width, columns);
-        multiply_rows(sums->slopes + i * width, width, divergence_bar, 1, curve, width, columns);
+        multiply_rows(sums->slopes + i * width, width, divergence_bar, 1, slope, width, columns);
     }
 }
 
-/* Pulls the gradient x_bar at the end of a step back to its start, in place, and adds to those of the weights. */
-void back(
+/* Pulls the gradient x_bar at the end of a step back to its start, in place, and adds to those of the weights if these
+   are wanted. Returns 0, or -1 if there is no memory. */
+int back(
     const Net *net, const Sums *sums, const Tableau *tableau, double t, double h, const REAL *states, REAL *x_bar,
     const REAL *integral_bar
 ) {
     const int64_t stages = tableau->stages, batch = net->batch, size = net->d * batch;
-    Work work = make_work(net);
-    REAL *states_bar = malloc((stages + 1) * (size + batch) * sizeof(REAL)), *slope_bar = states_bar + stages * size;
-    REAL *divergence_bar = slope_bar + size;
-    const int64_t per_coordinate = 2 * all_units(net) + 3 * net->width + 2;
-    REAL *rows = malloc(net->d * (1 + per_coordinate) * stages * batch * sizeof(REAL));
+    const int64_t rows_of_coordinate = sums == NULL ? 0 : 1 + 2 * all_units(net) + 3 * net->width + 2;
+    void *block;
+    vec *memory = allocate(net, ((1 + stages) * net->d + (1 + net->d * rows_of_coordinate) * stages) * batch, &block);
+    if (memory == NULL) return -1;
+    Work work = make_work(net, memory);
+    REAL *slope_bar = (REAL *)(memory + work_size(net)), *states_bar = slope_bar + size;
+    REAL *divergence_bar = states_bar + stages * size, *rows = divergence_bar + stages * batch;
     for (int64_t s = stages - 1; s >= 0; s--) {
         memset(slope_bar, 0, size * sizeof(REAL));
         combine(slope_bar, slope_bar, h * tableau->b[s], (double[]){1}, 1, x_bar, 0, 1, size);
         combine(slope_bar, slope_bar, h, tableau->a + s, stages, states_bar, s + 1, stages, size);
         for (int64_t b = 0; b < batch; b++) divergence_bar[s * batch + b] = h * tableau->b[s] * integral_bar[b];
         pull(net, &work, t + tableau->c[s] * h, states + s * size, slope_bar, divergence_bar + s * batch,
-             states_bar + s * size, rows + s * batch, stages * batch);
+             states_bar + s * size, sums == NULL ? NULL : rows + s * batch, stages * batch);
     }
     for (int64_t s = 0; s < stages; s++)
         for (int64_t k = 0; k < size; k++) x_bar[k] += states_bar[s * size + k];
-    add_gradients(net, sums, tableau, t, h, rows, divergence_bar);
-    free(rows);
-    free(states_bar);
-    free(work.x);
+    if (sums != NULL) add_gradients(net, sums, tableau, t, h, rows, divergence_bar);
+    free(block);
+    return 0;
 }
 
-/* Carries the score from the start of a step to its end, in place. */
-void carry(const Net *net, const Tableau *tableau, double t, double h, const REAL *states, REAL *score) {
+/* Carries the score from the start of a step to its end, in place. Returns 0, or -1 if there is no memory. */
+int carry(const Net *net, const Tableau *tableau, double t, double h, const REAL *states, REAL *score) {
     const int64_t stages = tableau->stages, batch = net->batch, size = net->d * batch;
-    Work work = make_work(net);
-    REAL *slopes = malloc(((stages + 1) * size + batch) * sizeof(REAL)), *stage = slopes + stages * size;
-    REAL *ones = stage + size;
+    void *block;
+    vec *memory = allocate(net, (stages + 1) * size + batch, &block);
+    if (memory == NULL) return -1;
+    Work work = make_work(net, memory);
+    REAL *slopes = (REAL *)(memory + work_size(net)), *stage = slopes + stages * size, *ones = stage + size;
     for (int64_t b = 0; b < batch; b++) ones[b] = 1;
     for (int64_t s = 0; s < stages; s++) {
         combine(stage, score, -h, tableau->a + s * stages, 1, slopes, 0, s, size);
         pull(net, &work, t + tableau->c[s] * h, states + s * size, stage, ones, slopes + s * size, NULL, 0);
     }
     combine(score, score, -h, tableau->b, 1, slopes, 0, stages, size);
-    free(slopes);
-    free(work.x);
+    free(block);
+    return 0;
 }

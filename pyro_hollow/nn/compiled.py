@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from .conditioner import BoundDense
     from .transformer import BoundClosedForm
 
-__all__ = ["CompiledTape", "prepare"]
+__all__ = ["CompiledTape"]
 
-_TYPES = {torch.float32: ("float", "int32_t"), torch.float64: ("double", "int64_t")}
+_TYPES = {torch.float32: ("float", "uint32_t"), torch.float64: ("double", "uint64_t")}
 # Of samples and weights; with more torch's matrix products are as fast, and use all cores.
-_MAX_PRODUCTS = 5_000_000
+_MAX_PRODUCTS = 4_000_000
 _INT, _DOUBLE, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
@@ -49,14 +49,14 @@ class _Net(ctypes.Structure):
         *((name, _INT) for name in ("offset_columns", "term_columns")),
         ("max_rate", _DOUBLE),
         *((name, _POINTER) for name in ("units", "weight", "offset", "biases", "weights", "term_weight")),
-        *((name, _POINTER) for name in ("term_slope", "term_offset", "input_weight", "output_weight", "slopes")),
+        *((name, _POINTER) for name in ("term_time", "term_offset", "input_weight", "output_weight", "slopes")),
     ]
 
 
 class _Sums(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("weight", "offset", "biases", "weights", "term_weight")),
-        *((name, _POINTER) for name in ("term_slope", "term_offset", "input_weight", "output_weight", "slopes")),
+        *((name, _POINTER) for name in ("term_time", "term_offset", "input_weight", "output_weight", "slopes")),
     ]
 
 
@@ -78,48 +78,61 @@ def _tableau(method: _Coefficients) -> tuple[_Tableau, tuple[Any, ...]]:
     return _Tableau(stages, *pointers), arrays
 
 
-def prepare(like: Tensor) -> None:
-    """
-    Compiles, where that was not done yet, what states of this type and on this device will need.
-
-    :raises RuntimeError: without a C compiler, or when it fails.
-    """
-    if like.device.type == "cpu" and like.dtype in _TYPES:
-        _library(like.dtype)
-
-
-@cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The compiled code for a type, once per process."""
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
+def _compiler() -> list[str]:
+    """The command that the environment variable CC names, or what there is."""
+    if os.environ.get("CC"):
+        try:
+            return shlex.split(os.environ["CC"])
+        except ValueError as error:
+            raise RuntimeError(f"compile=True cannot read the environment variable CC: {error}") from error
+    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if found is None:
         raise RuntimeError(
             "compile=True needs a C compiler, but there is no cc, gcc or clang: install one, name yours in the "
             "environment variable CC, or leave compile=False"
         )
+    return [found]
+
+
+@cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    """
+    The compiled code for a type, once per process.
+
+    :raises RuntimeError: without a C compiler, or when it fails.
+    """
     real, integer = _TYPES[dtype]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = str(Path(folder) / "compiled.so")
-        source = str(Path(__file__).with_suffix(".c"))
-        command = [*shlex.split(compiler), "-std=c11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared"]
-        command += [f"-DREAL={real}", f"-DINT={integer}", source, "-o", path, "-lm"]
+        command = [*_compiler(), "-std=c11", "-O3", "-fno-fast-math", "-ffp-contract=fast", "-fPIC", "-shared"]
+        command += [f"-DREAL={real}", f"-DUINT={integer}", str(Path(__file__).with_suffix(".c")), "-o", path, "-lm"]
         for options in (["-march=native"], []):  # which not all compilers know
             try:
                 done = subprocess.run([*command, *options], capture_output=True, text=True)
             except OSError as error:
-                raise RuntimeError(f"compile=True needs a C compiler, but {compiler!r} cannot be run") from error
+                raise RuntimeError(f"compile=True needs a C compiler, but {command[0]!r} cannot be run") from error
             if done.returncode == 0:
                 break
         else:
             raise RuntimeError(f"compile=True failed: {shlex.join(command)}\n{done.stderr}")
-        library = ctypes.CDLL(path)
+        try:
+            library = ctypes.CDLL(path)
+        except OSError as error:
+            raise RuntimeError(
+                f"compile=True could compile, but not load the result: {error}. If programs must not be run from "
+                "there, name another folder in the environment variable TMPDIR"
+            ) from error
     library.step.restype = _DOUBLE
     library.step.argtypes = [*(_POINTER,) * 2, _DOUBLE, _DOUBLE, *(_POINTER,) * 2, _INT, *(_POINTER,) * 5]
     library.step.argtypes += [_DOUBLE, _DOUBLE]
-    library.back.restype = library.carry.restype = None
     library.back.argtypes = [*(_POINTER,) * 3, _DOUBLE, _DOUBLE, *(_POINTER,) * 3]
     library.carry.argtypes = [*(_POINTER,) * 2, _DOUBLE, _DOUBLE, *(_POINTER,) * 2]
     return library
+
+
+def _check(status: float) -> None:
+    if status < 0:
+        raise MemoryError("no memory for a solve in compiled code: use smaller batches")
 
 
 def _addresses(tensors: list[Tensor]) -> Any:
@@ -133,60 +146,55 @@ class CompiledTape(HollowTape):
     :raises RuntimeError: where nothing can be compiled.
     """
 
+    takes_steps = True
+
     @staticmethod
     def suits(conditioner: BoundDense, transformer: BoundClosedForm, batch_shape: torch.Size) -> bool:
         """Whether there is compiled code for a field, and it is faster."""
-        known = [ACTIVATIONS[name] for name in ("silu", "tanh")]
+        tensors = (*conditioner.tensors, *transformer.tensors)
+        dtype, d, width = conditioner.weight.dtype, conditioner.weight.shape[1] - 1, transformer.width
         matrices = [conditioner.weight, *(weight for _, weight in conditioner.layers), transformer.weight]
+        known = [ACTIVATIONS[name] for name in ("silu", "tanh")]
         return (
             conditioner.streams == 1
             and conditioner.activation in known
             and transformer.activation in known
-            and all(m.device.type == "cpu" and m.dtype in _TYPES and m.dtype == matrices[0].dtype for m in matrices)
+            and dtype in _TYPES
+            and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
+            and transformer.input_weight.shape == (d, width, 1)
+            and transformer.output_weight.shape == (d, 1, width)
+            and transformer.weight.shape[:2] == (d, width + 2)
             and batch_shape.numel() * sum(matrix.numel() for matrix in matrices) <= _MAX_PRODUCTS
         )
 
     def __init__(self, conditioner: BoundDense, transformer: BoundClosedForm, batch_shape: torch.Size) -> None:
         super().__init__(conditioner, transformer, batch_shape)
-        own, terms = self._conditioner, self._transformer
-        self._d, self._width = len(transformer.weight), transformer.width
-        self._units = [len(conditioner.weight) // self._d, *(weight.shape[1] for _, weight in conditioner.layers)]
-        self._batch = batch_shape.numel()
+        own, terms, tanh = self._conditioner, self._transformer, ACTIVATIONS["tanh"]
         self._library = _library(conditioner.weight.dtype)
+        self._d = len(transformer.weight)
+        units = [len(conditioner.weight) // self._d, *(weight.shape[1] for _, weight in conditioner.layers)]
         biases, weights = ([pair[k].detach().contiguous() for pair in conditioner.layers] for k in (0, 1))
-        tensors = [conditioner.weight, own._offset]
-        tensors += [
-            terms._weight,
-            terms._slope,
-            terms._offset,
-            terms._input_weight,
-            terms._output_weight,
-            terms._slopes,
-        ]
+        tensors = [conditioner.weight, own._offset, terms._weight, terms._slope, terms._offset]
+        tensors += [terms._input_weight, terms._output_weight, terms._slopes]
         tensors = [tensor.detach().contiguous() for tensor in tensors]
-        arrays = (_INT * len(self._units))(*self._units), _addresses(biases), _addresses(weights)
-        units, bias, weight = map(ctypes.addressof, arrays)
+        arrays = (_INT * len(units))(*units), _addresses(biases), _addresses(weights)
         first, offset, *others = (tensor.data_ptr() for tensor in tensors)
-        tanh = ACTIVATIONS["tanh"]
+        sizes = self._d, batch_shape.numel(), len(units), transformer.width
+        kinds = conditioner.activation == tanh, transformer.activation == tanh
+        columns = own._offset.shape[-1], terms._offset.shape[-1]
+        units_, biases_, weights_ = map(ctypes.addressof, arrays)
         self._net = _Net(
-            self._d,
-            self._batch,
-            len(self._units),
-            self._width,
-            conditioner.activation == tanh,
-            transformer.activation == tanh,
-            own._offset.shape[-1],
-            terms._offset.shape[-1],
-            transformer.max_rate or 0.0,
-            units,
-            first,
-            offset,
-            bias,
-            weight,
-            *others,
+            *sizes, *kinds, *columns, transformer.max_rate or 0.0, units_, first, offset, biases_, weights_, *others
         )
-        self._alive: tuple[Any, ...] = biases, weights, tensors, arrays
+        self._alive: tuple[Any, ...] = biases, weights, tensors, arrays  # as long as C has their addresses
         self._gradients: _Sums | None = None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """See :meth:`HollowTape.pack`."""
+        like = self._bound[0]
+        if x.dtype != like.dtype or x.device != like.device:
+            raise RuntimeError(f"state must be {like.dtype} on {like.device}, but got {x.dtype} on {x.device}")
+        return super().pack(x)
 
     def step(
         self,
@@ -209,12 +217,13 @@ class CompiledTape(HollowTape):
         :param first: f and the divergence there, if known.
         :param tolerances: relative and absolute, for an estimate of the error.
         :returns: state and integral at the end; the states of the stages, with shape ``(stages, d, batch)``; f and the
-            divergence at the beginning and, with an estimate, at the end; the mean square of its ratio to
-            the tolerance.
+            divergence at the beginning and, with an estimate, at the end; the mean square of its ratio to the
+            tolerance.
+        :raises MemoryError: if there is too little, here and below.
         """
-        stages, like = len(method.b), x
-        states = like.new_empty(stages, *x.shape)
-        slopes, integrands = like.new_empty(stages + 1, *x.shape), like.new_empty(stages + 1, x.shape[1])
+        stages = len(method.b)
+        states, slopes = x.new_empty(stages, *x.shape), x.new_empty(stages + 1, *x.shape)
+        integrands = x.new_empty(stages + 1, x.shape[1])
         if first is not None:
             slopes[0], integrands[0] = first
         x_end, integral_end = torch.empty_like(x), torch.empty_like(integral)
@@ -226,6 +235,7 @@ class CompiledTape(HollowTape):
             ctypes.byref(self._net), ctypes.byref(tableau), t, h, x.data_ptr(), integral.data_ptr(),
             first is not None, *(tensor.data_ptr() for tensor in outputs), *(tolerances or (1.0, 1.0)),
         )  # fmt: skip
+        _check(square)
         return x_end, integral_end, states, (slopes[0], integrands[0]), (slopes[-1], integrands[-1]), square
 
     def back(
@@ -243,10 +253,14 @@ class CompiledTape(HollowTape):
         :returns: the gradient of the state at its beginning.
         """
         x_bar = x_bar.clone(memory_format=torch.contiguous_format)
-        self._library.back(
-            ctypes.byref(self._net), ctypes.byref(self._sums()), ctypes.byref(_tableau(method)[0]), t, h,
-            states.data_ptr(), x_bar.data_ptr(), integral_bar.contiguous().data_ptr(),
+        # By names, as C has nothing but addresses of them; hooks for saved tensors may change strides.
+        states, integral_bar = states.contiguous(), integral_bar.contiguous()
+        sums = ctypes.byref(self._sums()) if any(tensor.requires_grad for tensor in self._bound) else None
+        status = self._library.back(
+            ctypes.byref(self._net), sums, ctypes.byref(_tableau(method)[0]), t, h, states.data_ptr(),
+            x_bar.data_ptr(), integral_bar.data_ptr(),
         )  # fmt: skip
+        _check(status)
         return x_bar
 
     def _sums(self) -> _Sums:
@@ -269,8 +283,9 @@ class CompiledTape(HollowTape):
         :param Tensor states: those of its stages.
         :param Tensor score: the score at its beginning, with shape ``(d, batch)``.
         """
-        score = score.clone(memory_format=torch.contiguous_format)
-        self._library.carry(
+        score, states = score.clone(memory_format=torch.contiguous_format), states.contiguous()
+        status = self._library.carry(
             ctypes.byref(self._net), ctypes.byref(_tableau(method)[0]), t, h, states.data_ptr(), score.data_ptr()
         )
+        _check(status)
         return score

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -121,6 +121,8 @@ Slope = tuple[Tensor, Tensor]
 class StepTape(Tape, Protocol):
     """A tape that takes whole steps at once; of these it keeps the states of their stages alone."""
 
+    takes_steps: bool
+
     def step(
         self,
         tableau: Tableau,
@@ -144,7 +146,7 @@ class StepTape(Tape, Protocol):
 
 
 def _takes_steps(tape: Tape) -> TypeGuard[StepTape]:
-    return hasattr(tape, "step")
+    return getattr(tape, "takes_steps", False)
 
 
 class Taped(Protocol):
@@ -323,7 +325,7 @@ def solve(
         ``(*, d)``, ``(*,)`` and ``(*, d)``; and how it went. None if the field has no tape.
     :raises ArithmeticError: if the end is out of reach.
     """
-    tape = field.tape(x.shape[:-1], compile)
+    tape = _make_tape(field, x, compile)
     if tape is None:
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *field.tensors)):
@@ -331,6 +333,10 @@ def solve(
         return _Solve.apply(field, generic, tape, tableau, march, paths, score, x, *field.tensors), paths[0]
     path = march(tape, tape.pack(x), score is not None)
     return _finish(tape, tableau, path, x, score), path
+
+
+def _make_tape(field: Taped, x: Tensor, compile: bool) -> Tape | None:
+    return field.tape(x.shape[:-1], compile) if compile else field.tape(x.shape[:-1])
 
 
 def _finish(tape: Tape, tableau: Tableau, path: Path, x: Tensor, score: Tensor | None) -> tuple[Tensor, ...]:
@@ -407,7 +413,7 @@ class _Solve(torch.autograd.Function):
                 )
             )
             return *nothing, *(next(gradients) if v.requires_grad else None for v in (x, *tensors))
-        tape = ctx.field.tape(x.shape[:-1], ctx.compile)  # a fresh one, as another backward pass may follow
+        tape = cast(Tape, _make_tape(ctx.field, x, ctx.compile))  # a fresh one, as another backward pass may follow
         records = [tuple(saved[i : i + ctx.size]) for i in range(0, len(saved), ctx.size)]
         start_bar = _backward(tape, ctx.tableau, ctx.times, tape.pack(x_bar), integral_bar.reshape(-1), records)
         return *nothing, tape.unpack(start_bar), *tape.gradients()

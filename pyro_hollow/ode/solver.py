@@ -95,8 +95,9 @@ class Solver:
     in one step; later steps divide what is left of it evenly. (With other options than "step_size", under autocast and
     when traced or transformed, torchdiffeq solves.) With ``compile=True`` such solves run in compiled code where the
     network is small, which is several times faster: on a CPU, for a grouped conditioner, the activations "silu" and
-    "tanh", and up to 5 million products of samples and weights in an evaluation (32 samples up to about 45
-    dimensions); all else runs as without. Compiling takes a second in each process that solves, and a C compiler.
+    "tanh", and up to 4 million products of samples and weights in an evaluation (32 samples up to about 40
+    dimensions); all else runs as without. It takes a C compiler (the one that the environment variable CC names, or
+    cc, gcc or clang) and, once in each process, a second to compile.
 
     :param str method: a name in :data:`METHODS`.
     :param float rtol: relative tolerance of adaptive methods.
@@ -171,7 +172,7 @@ class Solver:
         :raises SolverError: on step underflow, non-finite values, a corrector that does not converge, or more than
             max_nfe evaluations.
         :raises RuntimeError: if an adaptive solve is traced: the trace would repeat the steps of this one input.
-            For compile=True without a C compiler.
+            For compile=True without a C compiler that works.
         """
         first = parts(state)[0]
         stats = SolverStats()
