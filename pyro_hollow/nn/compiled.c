@@ -30,15 +30,15 @@ typedef struct {
     int64_t d, batch, depth, width, logistic_units, logistic_terms, offset_columns, term_columns;
     double max_rate; /* 0 for none */
     const int64_t *units; /* of each layer of the conditioner, of which there are depth */
-    const REAL *weight, *offset; /* of the first one, time in the last column */
-    const REAL *const *biases, *const *weights; /* of the later ones */
+    const REAL *const *biases, *const *weights; /* of all but the first */
+    const REAL *weight, *offset; /* of the first, time in the last column */
     const REAL *term_weight, *term_time, *term_offset, *input_weight, *output_weight, *slopes;
 } Net;
 
 /* The sums of the gradients; see the same. */
 typedef struct {
-    REAL *weight, *offset, *const *biases, *const *weights;
-    REAL *term_weight, *term_time, *term_offset, *input_weight, *output_weight, *slopes;
+    REAL *const *biases, *const *weights;
+    REAL *weight, *offset, *term_weight, *term_time, *term_offset, *input_weight, *output_weight, *slopes;
 } Sums;
 
 typedef struct {

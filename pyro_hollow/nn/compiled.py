@@ -43,39 +43,34 @@ class _Coefficients(Hashable, Protocol):
     error: tuple[float, ...]
 
 
+_BOUND = ("weight", "offset", "term_weight", "term_time", "term_offset", "input_weight", "output_weight", "slopes")
+
+
 class _Net(ctypes.Structure):
     _fields_ = [
         *((name, _INT) for name in ("d", "batch", "depth", "width", "logistic_units", "logistic_terms")),
         *((name, _INT) for name in ("offset_columns", "term_columns")),
         ("max_rate", _DOUBLE),
-        *((name, _POINTER) for name in ("units", "weight", "offset", "biases", "weights", "term_weight")),
-        *((name, _POINTER) for name in ("term_time", "term_offset", "input_weight", "output_weight", "slopes")),
+        *((name, _POINTER) for name in ("units", "biases", "weights", *_BOUND)),
     ]
 
 
 class _Sums(ctypes.Structure):
-    _fields_ = [
-        *((name, _POINTER) for name in ("weight", "offset", "biases", "weights", "term_weight")),
-        *((name, _POINTER) for name in ("term_time", "term_offset", "input_weight", "output_weight", "slopes")),
-    ]
+    _fields_ = [(name, _POINTER) for name in ("biases", "weights", *_BOUND)]
 
 
 class _Tableau(ctypes.Structure):
     _fields_ = [("stages", _INT), *((name, _POINTER) for name in ("a", "b", "c", "error"))]
 
 
-def _doubles(values: list[float]) -> Any:
-    return (_DOUBLE * len(values))(*values)
-
-
 @cache
-def _tableau(method: _Coefficients) -> tuple[_Tableau, tuple[Any, ...]]:
+def _tableau(method: _Coefficients, with_error: bool) -> tuple[Any, tuple[Any, ...]]:
     """The coefficients, and what they point to."""
     stages = len(method.b)
     rows = [weight for row in method.a for weight in (*row, *(0.0,) * (stages - len(row)))]
-    arrays = tuple(_doubles(list(values)) for values in (rows, method.b, method.c, method.error))
-    pointers = [ctypes.addressof(array) if len(array) else None for array in arrays]
-    return _Tableau(stages, *pointers), arrays
+    arrays = tuple((_DOUBLE * len(values))(*values) for values in (rows, method.b, method.c, method.error))
+    addresses = [ctypes.addressof(array) for array in arrays]
+    return ctypes.byref(_Tableau(stages, *addresses[:3], addresses[3] if with_error else None)), arrays
 
 
 def _compiler() -> list[str]:
@@ -171,20 +166,25 @@ class CompiledTape(HollowTape):
         super().__init__(conditioner, transformer, batch_shape)
         own, terms, tanh = self._conditioner, self._transformer, ACTIVATIONS["tanh"]
         self._library = _library(conditioner.weight.dtype)
-        self._d = len(transformer.weight)
-        units = [len(conditioner.weight) // self._d, *(weight.shape[1] for _, weight in conditioner.layers)]
+        d = len(transformer.weight)
+        units = [len(conditioner.weight) // d, *(weight.shape[1] for _, weight in conditioner.layers)]
         biases, weights = ([pair[k].detach().contiguous() for pair in conditioner.layers] for k in (0, 1))
         tensors = [conditioner.weight, own._offset, terms._weight, terms._slope, terms._offset]
         tensors += [terms._input_weight, terms._output_weight, terms._slopes]
         tensors = [tensor.detach().contiguous() for tensor in tensors]
         arrays = (_INT * len(units))(*units), _addresses(biases), _addresses(weights)
-        first, offset, *others = (tensor.data_ptr() for tensor in tensors)
-        sizes = self._d, batch_shape.numel(), len(units), transformer.width
-        kinds = conditioner.activation == tanh, transformer.activation == tanh
-        columns = own._offset.shape[-1], terms._offset.shape[-1]
-        units_, biases_, weights_ = map(ctypes.addressof, arrays)
         self._net = _Net(
-            *sizes, *kinds, *columns, transformer.max_rate or 0.0, units_, first, offset, biases_, weights_, *others
+            d,
+            batch_shape.numel(),
+            len(units),
+            transformer.width,
+            conditioner.activation == tanh,
+            transformer.activation == tanh,
+            own._offset.shape[-1],
+            terms._offset.shape[-1],
+            transformer.max_rate or 0.0,
+            *map(ctypes.addressof, arrays),
+            *(tensor.data_ptr() for tensor in tensors),
         )
         self._alive: tuple[Any, ...] = biases, weights, tensors, arrays  # as long as C has their addresses
         self._gradients: _Sums | None = None
@@ -227,12 +227,10 @@ class CompiledTape(HollowTape):
         if first is not None:
             slopes[0], integrands[0] = first
         x_end, integral_end = torch.empty_like(x), torch.empty_like(integral)
-        tableau = _tableau(method)[0]
-        if tolerances is None:
-            tableau = _Tableau(stages, tableau.a, tableau.b, tableau.c, None)
+        tableau = _tableau(method, tolerances is not None)[0]
         outputs = (states, slopes, integrands, x_end, integral_end)
         square = self._library.step(
-            ctypes.byref(self._net), ctypes.byref(tableau), t, h, x.data_ptr(), integral.data_ptr(),
+            ctypes.byref(self._net), tableau, t, h, x.data_ptr(), integral.data_ptr(),
             first is not None, *(tensor.data_ptr() for tensor in outputs), *(tolerances or (1.0, 1.0)),
         )  # fmt: skip
         _check(square)
@@ -257,7 +255,7 @@ class CompiledTape(HollowTape):
         states, integral_bar = states.contiguous(), integral_bar.contiguous()
         sums = ctypes.byref(self._sums()) if any(tensor.requires_grad for tensor in self._bound) else None
         status = self._library.back(
-            ctypes.byref(self._net), sums, ctypes.byref(_tableau(method)[0]), t, h, states.data_ptr(),
+            ctypes.byref(self._net), sums, _tableau(method, False)[0], t, h, states.data_ptr(),
             x_bar.data_ptr(), integral_bar.data_ptr(),
         )  # fmt: skip
         _check(status)
@@ -268,8 +266,8 @@ class CompiledTape(HollowTape):
         if self._gradients is None:
             weight, offset, *pairs = self._conditioner.gradients()
             arrays = _addresses(pairs[::2]), _addresses(pairs[1::2])
-            others = (tensor.data_ptr() for tensor in self._transformer.sums())
-            self._gradients = _Sums(weight.data_ptr(), offset.data_ptr(), *map(ctypes.addressof, arrays), *others)
+            tensors = weight, offset, *self._transformer.sums()
+            self._gradients = _Sums(*map(ctypes.addressof, arrays), *(tensor.data_ptr() for tensor in tensors))
             self._alive += arrays
         return self._gradients
 
@@ -285,7 +283,7 @@ class CompiledTape(HollowTape):
         """
         score, states = score.clone(memory_format=torch.contiguous_format), states.contiguous()
         status = self._library.carry(
-            ctypes.byref(self._net), ctypes.byref(_tableau(method)[0]), t, h, states.data_ptr(), score.data_ptr()
+            ctypes.byref(self._net), _tableau(method, False)[0], t, h, states.data_ptr(), score.data_ptr()
         )
         _check(status)
         return score
