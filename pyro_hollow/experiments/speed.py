@@ -416,7 +416,7 @@ TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], list[str]]]] = {
     ),
     "tape": (
         "One training step of a density, solved and differentiated by tape and by autograd",
-        lambda args: tape_over_autograd([(10, 32), (64, 256)], args.repeats, args.device),
+        lambda args: tape_over_autograd([(2, 32), (10, 32), (40, 32), (64, 256)], args.repeats, args.device),
     ),
     "svi": (
         "Time of an SVI step with 32 particles, relative to that with AutoIAFNormal, a fresh guide",
