@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from .activations import ACTIVATIONS
 from .tape import HollowTape
@@ -188,6 +189,12 @@ class CompiledTape(HollowTape):
         )
         self._alive: tuple[Any, ...] = biases, weights, tensors, arrays  # as long as C has their addresses
         self._gradients: _Sums | None = None
+
+    def renewed(self) -> Self:
+        """See :meth:`HollowTape.renewed`."""
+        tape = super().renewed()
+        tape._gradients = None
+        return tape
 
     def pack(self, x: Tensor) -> Tensor:
         """See :meth:`HollowTape.pack`."""

@@ -40,6 +40,7 @@ class HollowField:
         self.transformer = transformer
         distinct = {id(tensor): tensor for tensor in (*conditioner.tensors, *transformer.tensors)}
         self.tensors = tuple(tensor for tensor in distinct.values() if tensor.requires_grad)
+        self._tapes: dict[tuple[torch.Size, bool], HollowTape] = {}
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         """
@@ -98,9 +99,13 @@ class HollowField:
         """
         if not (isinstance(self.conditioner, BoundDense) and isinstance(self.transformer, BoundClosedForm)):
             return None
-        compiled = compile and CompiledTape.suits(self.conditioner, self.transformer, batch_shape)
-        kind = CompiledTape if compiled else HollowTape
-        return kind(self.conditioner, self.transformer, batch_shape)
+        key = torch.Size(batch_shape), compile
+        if key not in self._tapes:
+            compiled = compile and CompiledTape.suits(self.conditioner, self.transformer, key[0])
+            kind = CompiledTape if compiled else HollowTape
+            with torch.no_grad():
+                self._tapes[key] = kind(self.conditioner, self.transformer, key[0])
+        return self._tapes[key].renewed()
 
 
 class ConditionalHollowNN(nn.Module):

@@ -11,12 +11,14 @@ for many evaluations at a time. Tensors are coordinate-major, ``(d, units, batch
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from .layout import columns, flatten_offset, rows
 
@@ -49,6 +51,11 @@ class _DenseTape:
         self._offset = flatten_offset(bound.offset, 1, batch_shape)
         self._layers = bound.layers
         self._gradients: Gradients | None = None
+
+    def renewed(self) -> _DenseTape:
+        tape = copy.copy(self)
+        tape._gradients = None
+        return tape
 
     def record(self, t: float, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Hidden units with shape ``(d, d_h, batch)``, and what pull needs."""
@@ -102,6 +109,11 @@ class _ClosedFormTape:
         self._input_weight, self._output_weight = bound.input_weight, bound.output_weight
         self._slopes = bound.slopes
         self._totals: Gradients | None = None
+
+    def renewed(self) -> _ClosedFormTape:
+        tape = copy.copy(self)
+        tape._totals = None
+        return tape
 
     def record(self, t: float, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """f and the divergence, with shapes ``(d, batch)`` and ``(batch,)``, and what pull needs."""
@@ -172,6 +184,12 @@ class HollowTape:
         self._bound = (*conditioner.tensors, *transformer.tensors)
         self._conditioner = _DenseTape(conditioner, batch_shape)
         self._transformer = _ClosedFormTape(transformer, batch_shape)
+
+    def renewed(self) -> Self:
+        """Another one for the same network, without gradients."""
+        tape = copy.copy(self)
+        tape._conditioner, tape._transformer = self._conditioner.renewed(), self._transformer.renewed()
+        return tape
 
     def pack(self, x: Tensor) -> Tensor:
         """``(*, d)`` to ``(d, batch)``."""

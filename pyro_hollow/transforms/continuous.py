@@ -109,6 +109,17 @@ class _Stamp:
         )
 
 
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, in a fraction of the time that Module takes to name them."""
+    tensors: list[Tensor | None] = []
+    modules: list[nn.Module | None] = [module]
+    for each in modules:
+        if each is not None:
+            tensors += (*each._parameters.values(), *each._buffers.values())
+            modules += each._modules.values()
+    return [tensor for tensor in tensors if tensor is not None]
+
+
 def _same(objects: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
     return all(a is b for a, b in zip(objects, others, strict=True))
 
@@ -355,7 +366,7 @@ class ConditionedCNF(Transform):
 
     def _stamp(self, x: Tensor, y: Tensor) -> _Stamp:
         context = () if self.context is None else (self.context,)
-        return _Stamp((*self.nn.parameters(), *self.nn.buffers(), *context, x, y), self._settings())
+        return _Stamp((*_tensors(self.nn), *context, x, y), self._settings())
 
     def _lookup(self, x: Tensor | None = None, y: Tensor | None = None) -> _Cached | None:
         cached = self._cached
