@@ -5,9 +5,11 @@
 
 import copy
 import dataclasses
+import gc
 import os
 import pickle
 import shutil
+import weakref
 from contextlib import contextmanager
 
 import pyro
@@ -219,6 +221,29 @@ def test_hooks_of_saved_tensors():
 
     expected, actual = both_ways(flow, gradients)
     assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_nothing_outlives_a_solve(method, monkeypatch):
+    """Neither states nor tapes wait for the garbage collector."""
+    alive, step = [], CompiledTape.step
+
+    def watched(tape, *args):
+        found = step(tape, *args)
+        alive.extend(map(weakref.ref, (tape, found[2])))
+        return found
+
+    monkeypatch.setattr(CompiledTape, "step", watched)
+    flow = strengthen(hollow_cnf(3, [5], solver=dataclasses.replace(SOLVERS[method], compile=True)))
+    gc.disable()
+    try:
+        y, ladj = flow.call_and_ladj(torch.randn(4, 3, requires_grad=True))
+        assert alive and any(reference() is not None for reference in alive)
+        (y.sum() + ladj.sum()).backward()
+        del y, ladj
+        assert all(reference() is None for reference in alive)
+    finally:
+        gc.enable()
 
 
 def test_mixed_types_go_by_tape():
