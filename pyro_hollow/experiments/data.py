@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import math
 import struct
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -200,7 +201,13 @@ def _file(
     known = None if checksum is None else f"sha256:{checksum}"
     try:
         return Path(
-            pooch.retrieve(f"{url}{names[0]}", known, names[0], path=pooch.os_cache("pyro_hollow"), progressbar=True)
+            pooch.retrieve(
+                f"{url}{names[0]}",
+                known,
+                names[0],
+                path=pooch.os_cache("pyro_hollow"),
+                progressbar=sys.stderr.isatty(),
+            )
         )
     except (OSError, ValueError) as error:
         raise DataError(

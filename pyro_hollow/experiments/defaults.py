@@ -22,8 +22,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from pyro_hollow.experiments.progress import Progress
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import HollowCNF, hollow_cnf
 
@@ -126,7 +126,7 @@ def _test(flow: HollowCNF, target: str, solver: Solver, num_samples: int = 10_00
 def variants_table(variants: Sequence[str], targets: Sequence[str], steps: int, seeds: Sequence[int]) -> list[str]:
     """Rows: the KL that each variant leaves, mean over seeds."""
     lines = [f"| setting | {' | '.join(targets)} | ms per step |", f"|---{'|---' * len(targets)}|---|"]
-    with tqdm(total=len(variants) * len(targets) * len(seeds), desc="variants") as progress:
+    with Progress(total=len(variants) * len(targets) * len(seeds), desc="variants") as progress:
         for name in variants:
             cells, times = [], []
             for target in targets:
@@ -147,7 +147,7 @@ def tolerance_table(targets: Sequence[str], steps: int) -> list[str]:
         "| rtol = atol | largest error of the KL | evaluations | KL after training | ms per step |",
         "|---|---|---|---|---|",
     ]
-    for tolerance in tqdm(TOLERANCES, desc="tolerances"):
+    for tolerance in Progress(TOLERANCES, desc="tolerances"):
         solver = Solver(rtol=tolerance, atol=tolerance)
         errors, evaluations, losses, times = [], [], [], []
         for target in targets:

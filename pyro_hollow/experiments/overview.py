@@ -17,11 +17,11 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.defaults import bent, ring
 from pyro_hollow.experiments.figures import pyplot
+from pyro_hollow.experiments.progress import Progress
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ops import jacobian
 from pyro_hollow.transforms import HollowCNF
@@ -44,7 +44,7 @@ def train(log_density: Callable[[Tensor], Tensor], dim: int, steps: int) -> Holl
     flow = HollowCNF(net)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in tqdm(range(steps), desc=log_density.__name__, leave=False, mininterval=1.0):
+    for _ in Progress(range(steps), desc=log_density.__name__):
         y, ladj = flow.call_and_ladj(WIDTH * torch.randn(256, dim))
         loss = -(log_density(y) + ladj).mean()
         optimizer.zero_grad()

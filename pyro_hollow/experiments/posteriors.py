@@ -39,13 +39,13 @@ from pyro.infer.autoguide import (
     AutoNormal,
     AutoNormalizingFlow,
 )
-from tqdm.auto import tqdm
 
 from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.files import write
 from pyro_hollow.experiments.posterior_models import POSTERIORS, Posterior, load
+from pyro_hollow.experiments.progress import Progress
 from pyro_hollow.infer import AutoHollowCNF, diagnose
 from pyro_hollow.ode import Solver, SolverError
 
@@ -157,7 +157,7 @@ def fit(posterior: Posterior, guide: AutoGuide, config: Config, result: Result) 
     losses: list[float] = []
     evaluations: list[float] = []
     begin = time.perf_counter()
-    for step in tqdm(range(1, config.steps + 1), desc=label, leave=False, mininterval=1.0):
+    for step in Progress(range(1, config.steps + 1), desc=label):
         fraction = (1 + math.cos(math.pi * step / config.steps)) / 2 if config.schedule == "cosine" else 1.0
         for own in optimizer.optim_objs.values():
             own.param_groups[0]["lr"] = LEARNING_RATE * fraction

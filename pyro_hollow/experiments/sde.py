@@ -37,12 +37,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyro_hollow.experiments.arguments import not_negative_real, positive
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.files import write
+from pyro_hollow.experiments.progress import Progress
 from pyro_hollow.experiments.sde_processes import PROCESSES, Process, divide, load
 from pyro_hollow.experiments.two_sample import energy_distance, energy_test, sliced_wasserstein
 from pyro_hollow.nn import HollowNN
@@ -176,7 +176,7 @@ def fit_matching(
     times = torch.tensor(process.times).repeat_interleave(z.shape[1])
     losses: list[tuple[float, float]] = []
     every = max(1, config.steps // 50)
-    with tqdm(total=config.steps, desc=_label(config), leave=False, mininterval=1.0) as bar:
+    with Progress(total=config.steps, desc=_label(config)) as bar:
 
         def progress(step: int, loss: Any) -> None:
             bar.update()
@@ -203,7 +203,7 @@ def fit_transitions(times: Tensor, sde: DiagonalSDE, z: Tensor, config: Config) 
     """
     optimizer = torch.optim.Adam(sde.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    for _ in tqdm(range(config.steps), desc=_label(config), leave=False, mininterval=1.0):
+    for _ in Progress(range(config.steps), desc=_label(config)):
         k, path = torch.randint(len(times) - 1, (BATCH_SIZE,)), torch.randint(z.shape[1], (BATCH_SIZE,))
         h, start, bound = (times[k + 1] - times[k]).unsqueeze(-1), z[k, path], sde.bind()
         mean, scale = start + h * bound.drift(times[k], start), h.sqrt() * bound.diffusion(times[k], start)
@@ -469,7 +469,7 @@ def cost_table(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
 def _cpu_seconds(candidates: dict[str, Callable[[], None]], repeats: int, label: str) -> dict[str, float]:
     """The median processor time of each candidate, taking turns: other processes hardly matter."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in tqdm(range(repeats + 1), desc=label, leave=False):
+    for turn in Progress(range(repeats + 1), desc=label):
         for name, function in candidates.items():
             begin = time.process_time()
             function()

@@ -35,8 +35,8 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoIAFNormal, AutoMultivariateNormal, AutoNormalizingFlow
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from pyro_hollow.experiments.progress import Progress
 from pyro_hollow.infer import AutoHollowCNF
 from pyro_hollow.nn import ClosedFormTransformer, ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver
@@ -143,7 +143,7 @@ def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, label
     :param str label: what to show beside the progress bar.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in tqdm(range(repeats + 1), desc=label, leave=False):
+    for turn in Progress(range(repeats + 1), desc=label):
         for name, function in candidates.items():
             begin = time.perf_counter()
             function()
@@ -343,7 +343,7 @@ def memory_table(
 ) -> list[str]:
     """Rows: peak memory of a training step, each measured in a process of its own."""
     lines = ["| divergence | backpropagation (MiB) | adjoint (MiB) |", "|---|---|---|"]
-    for case in tqdm(cases, desc="memory", leave=False):
+    for case in Progress(cases, desc="memory"):
         cells = []
         for adjoint in (False, True):
             code = (

@@ -32,11 +32,11 @@ import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.files import write
+from pyro_hollow.experiments.progress import Progress
 from pyro_hollow.experiments.stiff_problems import PROBLEMS, Problem, follow_stiff_field, linear, load
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ode import Solver, SolverError
@@ -241,7 +241,7 @@ def compare(name: str, args: argparse.Namespace) -> Runs:
     """
     problem, reference = load(name), reference_of(name, args.output, args.force)
     runs: Runs = {}
-    bar = tqdm(args.solver, desc=name, leave=False, mininterval=1.0)
+    bar = Progress(args.solver, desc=name)
     for solver in bar:
         runs[solver] = []
         for tolerance in sorted(args.tolerance, reverse=True):
@@ -445,7 +445,7 @@ def train(kind: str, steps: int, solvers: Sequence[str], tolerance: float) -> Tr
     flow = HollowCNF(HollowNN(d, [16]).double(), solver=Solver(rtol=1e-4, atol=1e-4), cache_size=0)
     test, found = torch.randn(64, d, dtype=torch.float64), Training(kind)
     losses = maximise_likelihood(flow, steps) if kind == "likelihood" else follow_stiff_field(flow.nn, steps)
-    for step, loss in enumerate(tqdm(losses, desc=kind, total=steps, leave=False, mininterval=1.0)):
+    for step, loss in enumerate(Progress(losses, desc=kind, total=steps)):
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             found.steps.append(step)
             found.losses.append(loss)

@@ -24,6 +24,7 @@ import csv
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -39,8 +40,17 @@ from pyro_hollow.experiments.arguments import not_negative, positive, positive_r
 from pyro_hollow.experiments.data import BINARIZATIONS, DATASETS, DataError, Images, load_images
 from pyro_hollow.experiments.figures import pyplot
 from pyro_hollow.experiments.files import write
+from pyro_hollow.experiments.progress import duration
 from pyro_hollow.experiments.vae_models import CONTINUOUS, FLOWS, NETWORKS, PATH_GRADIENT, VAE
-from pyro_hollow.experiments.vae_training import Config, Estimate, estimate, fit, gradient_variance, make_vae
+from pyro_hollow.experiments.vae_training import (
+    Config,
+    Estimate,
+    estimate,
+    expected_seconds,
+    fit,
+    gradient_variance,
+    make_vae,
+)
 from pyro_hollow.ode import SolverError
 
 #: Colours that the colour-blind can tell apart. Those that are trained with the path gradient are dashed.
@@ -77,24 +87,36 @@ class Result:
         return self.history[-1]["seconds"] / len(self.history)
 
 
-def train(configs: Sequence[Config], images: Images, output: Path, force: bool, **options: Any) -> dict[Config, str]:
+def train(
+    configs: Sequence[Config], images: Images, output: Path, force: bool, settings: dict[str, Any], **options: Any
+) -> dict[Config, str]:
     """
-    Trains what is not complete yet; a run that fails does not stop the others.
+    Trains the runs that are not complete yet; a run that fails does not stop the others. Before each run it prints the
+    time left for all of them, estimated at first from a few batches of each, later also from the runs that are done.
 
     :param configs: the settings of the runs.
     :param Images images: the data.
     :param ~pathlib.Path output: the folder of all runs.
     :param bool force: to begin anew what is there.
+    :param settings: of the test that follows, for :func:`~pyro_hollow.experiments.vae_training.estimate`.
     :param options: for :class:`lightning.Trainer`.
     :returns: the runs that failed, with what was said of it.
     :raises DataError: if a folder holds a run with other settings.
     """
     # Looked up before the first one starts, as with several processes all of them have to do the same.
     pending = [config for config in configs if not _prepare(config, _folder(output, config), force)]
+    device = torch.device("cuda" if options.get("accelerator") == "gpu" else "cpu")
+    expected = [expected_seconds(config, images, device, **settings) for config in pending]
     failures: dict[Config, str] = {}
-    for config in pending:
+    begin = time.perf_counter()
+    for i, config in enumerate(pending):
         folder = _folder(output, config)
-        print(f"{config.flow}, seed {config.seed}: {folder}", file=sys.stderr)
+        left = sum(training for training, _ in expected[i:]) + sum(test for _, test in expected)
+        if i:  # each run has as many steps, so as much time beside them
+            late = time.perf_counter() - begin - sum(training for training, _ in expected[:i])
+            left += max(0.0, late) / i * (len(pending) - i)
+        label = f"{config.flow}, seed {config.seed} (run {i + 1} of {len(pending)})"
+        print(f"{label}: {folder}; about {duration(left)} left for training and test of all", file=sys.stderr)
         try:
             task = fit(config, images, folder, **options)
         except (SolverError, ValueError) as error:  # a ValueError is Pyro's, of parameters that are not finite
@@ -407,10 +429,10 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
             print(gradients(configs, args.output, images, device))
             return []
         options = {name: getattr(args, name) for name in ("accelerator", "devices", "num_nodes", "strategy")}
-        failures = train(configs, images, args.output, args.force, **options)
+        settings = {"num_samples": args.num_samples, "nll_images": args.nll_images}
+        failures = train(configs, images, args.output, args.force, settings, **options)
         if getattr(rank_zero_only, "rank", 0) != 0:
             return []  # one process is enough for the test
-        settings = {"num_samples": args.num_samples, "nll_images": args.nll_images}
         for config, failure in failures.items():
             print(f"{config.flow}, seed {config.seed} failed: {failure}", file=sys.stderr)
         complete = [config for config in configs if config not in failures]

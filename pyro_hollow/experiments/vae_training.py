@@ -8,11 +8,10 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,29 @@ import lightning as L
 import numpy as np
 import pyro.distributions as dist
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
-from tqdm.auto import tqdm
 
 from pyro_hollow.experiments.data import Images
+from pyro_hollow.experiments.progress import Progress
 from pyro_hollow.experiments.vae_models import PATH_GRADIENT, VAE, exact, make_flow, make_inner
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.transforms import ConditionalCNF
 
-__all__ = ["BatchSampler", "Config", "Estimate", "Task", "estimate", "fit", "gradient_variance", "make_vae"]
+__all__ = [
+    "BatchSampler",
+    "Config",
+    "Estimate",
+    "Task",
+    "estimate",
+    "expected_seconds",
+    "fit",
+    "gradient_variance",
+    "make_vae",
+]
 
 
 @dataclass(frozen=True)
@@ -280,6 +289,29 @@ class _Patience(EarlyStopping):
             super().on_train_epoch_end(trainer, pl_module)
 
 
+class _Bar(L.Callback):
+    """A progress bar over all epochs, so that it shows the time that is left."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._bar = Progress(
+            desc=self._label, total=trainer.estimated_stepping_batches, initial=trainer.global_step,
+            disable=not trainer.is_global_zero,
+        )  # fmt: skip
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._bar.update()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._bar.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's notes on hardware and on numbers of workers."""
@@ -305,7 +337,8 @@ def fit(config: Config, images: Images, folder: Path, **options: Any) -> Task:
     :param Config config: the settings.
     :param Images images: the data.
     :param ~pathlib.Path folder: for what is written.
-    :param options: for :class:`lightning.Trainer`: accelerator, devices, num_nodes, strategy, precision, ...
+    :param options: for :class:`lightning.Trainer`: accelerator, devices, num_nodes, strategy, precision, ...;
+        ``enable_progress_bar`` is about one bar for the whole training.
     :returns: the task, with the trained model as it is at the end.
     """
     task = Task(make_vae(config, images.train.shape[1]), images, config)
@@ -318,17 +351,17 @@ def fit(config: Config, images: Images, folder: Path, **options: Any) -> Task:
     ]  # fmt: skip
     if config.patience:
         callbacks.append(_Patience(config.warmup, config.patience))
-    if options.setdefault("enable_progress_bar", True):
-        callbacks.append(TQDMProgressBar(refresh_rate=10))
+    if options.pop("enable_progress_bar", True):
+        callbacks.append(_Bar(f"{config.flow}, seed {config.seed}"))
     last = folder / "last.ckpt"
     with _quiet():
         trainer = L.Trainer(
             max_epochs=config.epochs, callbacks=callbacks, gradient_clip_val=100.0, num_sanity_val_steps=0,
             logger=TensorBoardLogger(folder, name="", version="logs"), enable_model_summary=False,
-            use_distributed_sampler=False, log_every_n_steps=1, default_root_dir=folder, **options,
+            use_distributed_sampler=False, log_every_n_steps=1, default_root_dir=folder, enable_progress_bar=False,
+            **options,
         )  # fmt: skip
-        with redirect_stdout(sys.stderr):  # its progress bar; what is printed is for the table
-            trainer.fit(task, ckpt_path=last if last.exists() else None)
+        trainer.fit(task, ckpt_path=last if last.exists() else None)
     return task
 
 
@@ -382,11 +415,11 @@ def estimate(
         with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
             torch.manual_seed(seed)
             choice = torch.randperm(len(images))[:nll_images].to(images.device)
-            elbo = torch.cat([log_weights(x, 1)[0] for x in _progress(images.split(chunk), "-ELBO")])
+            elbo = torch.cat([log_weights(x, 1)[0] for x in Progress(images.split(chunk), desc="-ELBO", unit="batch")])
             counts = [min(chunk, num_samples - i) for i in range(0, num_samples, chunk)]
             likelihood = []
             batches = images[choice].split(max(1, chunk // num_samples)) if len(choice) else ()
-            for x in _progress(batches, f"NLL, K = {num_samples}"):
+            for x in Progress(batches, desc=f"NLL, K = {num_samples}", unit="batch"):
                 log_w = torch.cat([log_weights(x, count) for count in counts])
                 likelihood.append(log_w.logsumexp(0) - math.log(num_samples))
     finally:
@@ -400,8 +433,51 @@ def estimate(
     )
 
 
-def _progress(batches: Any, description: str) -> Any:
-    return tqdm(batches, desc=description, unit="batch", leave=False)
+def expected_seconds(
+    config: Config, images: Images, device: torch.device, num_samples: int = 100, nll_images: int | None = None
+) -> tuple[float, float]:
+    """
+    Seconds that the training of a run will take on this machine and seconds that its test will, from a few batches of
+    each. The solves of continuous flows become longer while they learn, so theirs is a lower estimate.
+
+    :param Config config: the settings.
+    :param Images images: the data.
+    :param ~torch.device device: where to compute.
+    :param int num_samples: as of :func:`estimate`.
+    :param nll_images: as of :func:`estimate`.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        task = Task(make_vae(config, images.train.shape[1]), images, config).to(device)
+        optimizer = torch.optim.Adamax(task.parameters(), lr=0.0)
+        x = torch.bernoulli(images.train[: config.batch_size]).to(device)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            task.elbo(x, 1.0).backward()
+            optimizer.step()
+
+        training = _seconds(step)
+        with torch.no_grad():
+            validation = _seconds(lambda: task.elbo(x, 1.0))
+        per_batch, count = 1000, len(images.test)
+        if nll_images != 0:
+            per_batch, count = max(1, 1000 // num_samples), min(count, nll_images or count)
+        batch = images.test[:per_batch].to(device)
+        test = _seconds(lambda: estimate(task.vae, batch, num_samples=num_samples, nll_images=nll_images), 1)
+    batches = (math.ceil(len(part) / config.batch_size) for part in (images.train, images.validation))
+    epoch = sum(seconds * n for seconds, n in zip((training, validation), batches, strict=True))
+    return config.epochs * epoch, math.ceil(count / per_batch) * test
+
+
+def _seconds(function: Callable[[], object], repeats: int = 3) -> float:
+    """The mean time of a call, after one that does not count."""
+    for turn in range(repeats + 1):
+        if turn <= 1:
+            begin = time.perf_counter()
+        function()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / repeats
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:
