@@ -1,10 +1,12 @@
-# `make vae` and `make test` need Python 3.10 or newer and nothing else.
+# `make vae` and `make test` need Python 3.10 or newer and the network, for pip; nothing else.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# This release has a CPU build on the package index, a tenth of the size of the CUDA build.
+# The package index has a CPU build of this release for macOS and Windows, and for Linux a CUDA build of several GB, which
+# runs on a CPU, too. The small CPU build for Linux: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
 
 .PHONY: vae test test-slow lint bench tutorials docs clean
 
@@ -35,9 +37,12 @@ clean:
 	rm -rf $(VENV) build results
 
 $(VENV)/python.done:
+	@echo "Installing $(TORCH) from $(or $(TORCH_INDEX),pip's package index)."
+	@echo "On Linux the usual index has a CUDA build of several GB; choose by TORCH=... and TORCH_INDEX=... (README)."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
+	@$(BIN)/python -c "import torch; print('Installed torch', torch.__version__, 'with CUDA', torch.version.cuda or 'left out')"
 	touch $@
 
 $(VENV)/vae.done: $(VENV)/python.done pyproject.toml

@@ -1,20 +1,101 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
+import ast
 import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
+import pytest
 import torch
+from packaging.requirements import Requirement
 
-README = Path(__file__).parent.parent / "README.md"
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_code_blocks_run():
+def run(block):
+    """As in a program of its own, in float32."""
     torch.set_default_dtype(torch.float32)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) >= 2
     namespace = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)
-    losses = namespace["losses"]
+    exec(compile(block, "README.md", "exec"), namespace)
+    return namespace
+
+
+def test_first_block_runs_and_its_guide_can_be_trusted():
+    namespace = run(BLOCKS[0])
+    losses, check = namespace["losses"], namespace["check"]
     assert sum(losses[-20:]) < sum(losses[:20])
+    assert check.khat < 0.7
+    assert check.ess > 0.7 * check.num_samples
+
+
+@pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda block: f"{len(block)} characters")
+def test_other_blocks_run(block):
+    run(block)
+
+
+def imported(source):
+    """Top-level names of the modules that a program imports, at any place."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"pyro_hollow"}
+
+
+def provided(extras):
+    """Names of the distributions that pip installs with the package and these extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pending = [*project["dependencies"], *(r for extra in extras for r in project["optional-dependencies"][extra])]
+    found = set()
+    while pending:
+        requirement = Requirement(pending.pop())
+        name = requirement.name.lower().replace("_", "-")
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found.add(name)
+            pending += metadata.requires(name) or []
+    return found
+
+
+def test_install_line_provides_what_the_first_block_needs():
+    (first, *_) = re.findall(r"^    pip install \"?\.(?:\[(.*?)\])?\"?$", README, re.MULTILINE)
+    assert README.index("pip install") < README.index(BLOCKS[0])
+    parts = [path for path in (ROOT / "pyro_hollow").rglob("*.py") if "experiments" not in path.parts]
+    needed = set().union(*(imported(source) for source in (BLOCKS[0], *(path.read_text() for path in parts))))
+    distributions = metadata.packages_distributions()
+    missing = {
+        name
+        for name in needed
+        if not {d.lower().replace("_", "-") for d in distributions[name]} & provided(first.split(",") if first else [])
+    }
+    assert {"torch", "pyro", "arviz"} <= needed and not missing
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        ([], 'install --quiet  "torch==2.13.0"'),
+        (["TORCH=torch"], 'install --quiet  "torch"'),
+        (["TORCH_INDEX=https://x/cpu"], 'install --quiet --index-url "https://x/cpu" "torch==2.13.0"'),
+    ],
+    ids=("default", "release", "index"),
+)
+def test_torch_can_be_chosen_and_is_named_before_it_is_installed(options, command, tmp_path):
+    dry = ["make", "--dry-run", "vae", f"VENV={tmp_path / 'new'}", *options]
+    commands = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said, installed = commands.index("Installing torch"), commands.index(command)
+    assert said < installed < commands.index("Installed torch")
+    assert "CUDA" in commands[said:installed]

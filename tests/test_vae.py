@@ -38,6 +38,7 @@ SETTINGS = {
     "lr": 0.01,
     "num-samples": 3,
 }
+ROOT = Path(__file__).parent.parent
 FIGURES = ("reconstructions.png", "samples.png")
 HOLLOW = ("hollow", "hollow-stochastic", "hollow-low-rank", "hollow-low-rank-2")
 CONTINUOUS = ("ffjord", "free-form-exact", "free-form-exact-path", *HOLLOW, *(f"{name}-path" for name in HOLLOW))
@@ -310,6 +311,50 @@ def test_stopped_table_goes_on(flow, trained, tmp_path, monkeypatch):
     (result,) = vae.main(command(tmp_path, flow))
     assert without_seconds(result.history) == without_seconds(trained.results[flow].history)
     assert result.estimate == trained.results[flow].estimate
+
+
+@pytest.fixture
+def minutes(monkeypatch):
+    """A clock that stands in for training: a run takes 130 s, 100 s of which were expected; its test 50 s."""
+    now = [0.0]
+
+    def fit(*args, **kwargs):
+        now[0] += 130.0
+        raise SolverError("no training")
+
+    monkeypatch.setattr(vae.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(vae, "expected_seconds", lambda *args, **kwargs: (100.0, 50.0))
+    monkeypatch.setattr(vae, "fit", fit)
+
+
+def test_time_that_is_left_is_printed_before_each_run(minutes, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        vae.main(command(tmp_path, "none", "planar", "iaf"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "about" in line]
+    assert [line.partition(":")[0] for line in lines] == [
+        "none, seed 0 (run 1 of 3)", "planar, seed 0 (run 2 of 3)", "iaf, seed 0 (run 3 of 3)"
+    ]  # fmt: skip
+    # Three tests, and the runs that are left; from the second on each 30 s longer.
+    for line, seconds in zip(lines, (3 * 100 + 150, 2 * 130 + 150, 130 + 150), strict=True):
+        assert f"about {round(seconds / 60)} minutes left for training and test of all" in line
+
+
+def test_settings_that_cannot_be_timed_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def fail(config, *args, **kwargs):
+        raise SolverError("too stiff")
+
+    monkeypatch.setattr(vae, "expected_seconds", fail)
+    assert [result.config.flow for result in vae.main(command(tmp_path, "none", epochs=1))] == ["none"]
+
+
+def test_a_short_table_writes_no_bars_into_a_file(tmp_path):
+    arguments = command(tmp_path, "none", "householder", epochs=3)
+    process = subprocess.run(
+        [sys.executable, "-m", "pyro_hollow.experiments.vae", *arguments], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert "\r" not in process.stderr
+    assert [line.partition(" ")[0] for line in process.stderr.splitlines()] == ["none,", "householder,", "Models,"]
 
 
 def test_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):

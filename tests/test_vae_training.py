@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_hollow.experiments import vae_training
+from pyro_hollow.experiments import progress, vae_training
 from pyro_hollow.experiments.data import Images
 from pyro_hollow.experiments.vae_models import VAE, make_flow, make_inner
 from pyro_hollow.experiments.vae_training import (
@@ -22,6 +22,7 @@ from pyro_hollow.experiments.vae_training import (
     Config,
     Task,
     estimate,
+    expected_seconds,
     fit,
     gradient_variance,
     make_vae,
@@ -178,6 +179,40 @@ def test_kl_weight_rises_over_the_warm_up(steps, tmp_path):
 def test_no_warm_up(steps, tmp_path):
     fit(replace(CONFIG, epochs=1, warmup=0), images(), tmp_path, **QUIET)
     assert [step["used"] for step in steps] == [1.0] * 3
+
+
+def test_one_bar_spans_all_epochs_and_goes_on_after_a_stop(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+    options = {name: value for name, value in QUIET.items() if name != "enable_progress_bar"}
+    fit(replace(CONFIG, epochs=2), images(), tmp_path, **options)
+    fit(replace(CONFIG, epochs=3), images(), tmp_path, **options)
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    first, second = (next(line for line in printed.err.splitlines() if f"/{total} [" in line) for total in (6, 9))
+    assert first.startswith("none, seed 0:   0%") and second.startswith("none, seed 0:  67%")
+
+
+def test_no_bar_if_there_is_to_be_none(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+    fit(CONFIG, images(), tmp_path, **QUIET)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_expected_seconds_count_all_batches(monkeypatch):
+    monkeypatch.setattr(vae_training, "_seconds", lambda function, repeats=3: 1.0)
+    data, device = images(train=40, validation=20), torch.device("cpu")
+    # 3 batches of training and 2 of validation an epoch; 20 test images by 100 samples, of which 10 images are timed.
+    assert expected_seconds(replace(CONFIG, epochs=4), data, device) == (4 * (3 + 2), 2)
+    assert expected_seconds(CONFIG, data, device, nll_images=5) == (3 * (3 + 2), 1)
+    assert expected_seconds(CONFIG, data, device, nll_images=0) == (3 * (3 + 2), 1)
+    assert expected_seconds(CONFIG, data, device, num_samples=5000) == (3 * (3 + 2), 20)
+
+
+@pytest.mark.parametrize("flow", ("none", "hollow", "sylvester-path"))
+def test_expected_seconds_leave_the_random_numbers_alone(flow):
+    before = torch.get_rng_state()
+    assert all(seconds > 0 for seconds in expected_seconds(replace(CONFIG, flow=flow), images(), torch.device("cpu")))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("schedule", ("cosine", "constant"))

@@ -106,7 +106,7 @@ def train(
     # Looked up before the first one starts, as with several processes all of them have to do the same.
     pending = [config for config in configs if not _prepare(config, _folder(output, config), force)]
     device = torch.device("cuda" if options.get("accelerator") == "gpu" else "cpu")
-    expected = [expected_seconds(config, images, device, **settings) for config in pending]
+    expected = [_expected(config, images, device, **settings) for config in pending]
     failures: dict[Config, str] = {}
     begin = time.perf_counter()
     for i, config in enumerate(pending):
@@ -128,6 +128,14 @@ def train(
             content = {**asdict(Result(config, parameters, task.history)), "software": software}
             write(folder / "training.json", json.dumps(content, indent=1))
     return failures
+
+
+def _expected(config: Config, images: Images, device: torch.device, **settings: Any) -> tuple[float, float]:
+    """Seconds of training and test; none where the training will fail at once, and say why."""
+    try:
+        return expected_seconds(config, images, device, **settings)
+    except (SolverError, ValueError):
+        return 0.0, 0.0
 
 
 def _folder(output: Path, config: Config) -> Path:
