@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pyro
@@ -16,12 +19,17 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.infer.autoguide.initialization import init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, biject_to
 
+from pyro_hollow.infer.gradient_guard import guard_gradients
 from pyro_hollow.infer.guide_posterior import Affine, PathPosterior, Posterior, Stretching, Tails
+from pyro_hollow.infer.masked import MaskedElements
+from pyro_hollow.infer.particles import check_independence
 from pyro_hollow.infer.plates import plates, subsampled
+from pyro_hollow.infer.start import check_data, choose_start, log_density
+from pyro_hollow.nn import Conditioner
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import hollow_cnf
 
@@ -34,6 +42,11 @@ _MAX_GROUPED = 256
 _QUANTILE_SAMPLES = 4096
 # The base starts nearly Gaussian, but with tails that can be felt.
 _INITIAL_TAIL = 0.05
+_SIGNATURE_SIZE = 8
+_OTHER_STORE = (
+    "Pyro's parameter store has the parameters of a guide for another number of latents or with other settings, or of "
+    "another model; before you make a guide anew, call pyro.clear_param_store()"
+)
 
 
 class AutoHollowCNF(AutoContinuous):
@@ -87,9 +100,11 @@ class AutoHollowCNF(AutoContinuous):
     :param hidden_dims: widths of the conditioner's layers; see :class:`~pyro_hollow.nn.HollowNN`.
     :param int num_transforms: the number of flows, one after the other.
     :param callable init_loc_fn: a per-site initialization function; see Pyro's section on autoguide initialization.
+        None for the prior's median, or, where the joint density is not finite or very small there, for the zero of the
+        unconstrained space or the best of a few random points.
     :param float init_scale: the initial standard deviation of each unconstrained latent.
     :param Solver solver: how to integrate; None for "dopri5" at tolerances of 1e-3. To evaluate a fitted guide more
-        precisely, set :attr:`solver`.
+        precisely, set :attr:`solver`. A name stands for the solver of that method.
     :param int warm_up: the number of training calls in which the affine map learns alone; a step makes one call, and
         as many as there are particles if they are not vectorised. The optimizer meets the flow's parameters after it,
         and with them begins what :class:`~pyro.optim.lr_scheduler.PyroLRScheduler` schedules for each parameter.
@@ -127,14 +142,18 @@ class AutoHollowCNF(AutoContinuous):
     :raises RuntimeError: on the first call, for compile=True without a C compiler.
     """
 
+    progress: Tensor
+    affine: nn.Parameter
+    prototype_trace: Any
+
     def __init__(
         self,
         model: Callable[..., Any],
         hidden_dims: Sequence[int] | None = None,
         num_transforms: int = 1,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float = 0.1,
-        solver: Solver | None = None,
+        solver: Solver | str | None = None,
         *,
         warm_up: int = 300,
         affine: str = "full",
@@ -145,31 +164,27 @@ class AutoHollowCNF(AutoContinuous):
         create_plates: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if num_transforms < 1:
-            raise ValueError(f"num_transforms must be at least 1, but got {num_transforms}")
-        if affine not in ("full", "diagonal"):
-            raise ValueError(f"affine must be 'full' or 'diagonal', but got {affine!r}")
-        if not (init_scale > 0 and math.isfinite(init_scale)):
-            raise ValueError(f"init_scale must be positive and finite, but got {init_scale}")
-        if not (warm_up >= 0 and math.isfinite(warm_up)):
-            raise ValueError(f"warm_up must be 0 or more and finite, but got {warm_up}")
-        if not (penalty >= 0 and math.isfinite(penalty)):
-            raise ValueError(f"penalty must be 0 or more and finite, but got {penalty}")
-        if not (overdispersion >= 1 and math.isfinite(overdispersion)):
-            raise ValueError(f"overdispersion must be 1 or more and finite, but got {overdispersion}")
+        _check_settings(num_transforms, affine, init_scale, warm_up, penalty, overdispersion)
         if overdispersion > 1 and (penalty or not path_gradient):
             raise ValueError("overdispersion needs path_gradient=True and no penalty")
         if penalty and kwargs.get("cache_size") == 0:
             raise ValueError("penalty needs cache_size=1")
         if kwargs.get("transformer") is not None:
             raise ValueError("transformer must be the built-in one, with which the flow can start at the identity")
-        super().__init__(model, init_loc_fn=init_loc_fn)
-        solver = Solver(rtol=1e-3, atol=1e-3) if solver is None else solver
+        super().__init__(model)
+        self._model = (model,)  # without the start, which is chosen at set-up
+        solver = Solver(rtol=1e-3, atol=1e-3) if solver is None else Solver.of(solver)
         self.create_plates = create_plates
+        self._init_loc_fn = init_loc_fn
         self._init_scale = init_scale
         self._full = affine == "full"
         self._warm_up = warm_up
-        self._calls = 0
+        self._masked: Any = None
+        self._checked = False
+        #: The least and the largest of all latents at which the model is known to be defined.
+        self._range: tuple[Tensor, Tensor] | None = None
+        #: The progress in Pyro's store.
+        self._entry: tuple[Any] = (None,)
         self._penalty = penalty
         self._path_gradient = path_gradient and not penalty
         self._stretching = Stretching(overdispersion) if overdispersion > 1 else None
@@ -181,10 +196,66 @@ class AutoHollowCNF(AutoContinuous):
             "activation": ("silu", "tanh"),
             **kwargs,
         }
+        self._check_flow_settings()
+        #: What is saved besides parameters: the number of calls, the stretching, and whose parameters they are.
+        self.register_buffer("progress", torch.zeros(2 + _SIGNATURE_SIZE))
+        self._placed = self.progress.dtype, self.progress.device
+
+    def _check_flow_settings(self) -> None:
+        """Makes a small flow, so that settings that make none are refused at once."""
+        conditioner = self._settings.get("conditioner")
+        dim = conditioner.input_dim if isinstance(conditioner, Conditioner) else 2
+        with torch.random.fork_rng(devices=[]):
+            hollow_cnf(dim, **{**self._settings, "conditioner": copy.deepcopy(conditioner or "grouped")})
+
+    def setup(self, *args: Any, **kwargs: Any) -> AutoHollowCNF:
+        """
+        Sets the guide up as its first call would, so that it has parameters to move, to load or to give to an
+        optimizer.
+
+        :param args: positional arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :return: the guide itself.
+        """
+        if self.prototype_trace is None:
+            with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could not learn
+                self._setup_prototype(*args, **kwargs)
+        return self
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """
+        The parameters, of which there are none before the guide is set up.
+
+        :raises RuntimeError: before the guide is set up, by its first call, a state or :meth:`setup`.
+        """
+        if not hasattr(self, "flows") and self._model is not None:  # Pyro asks without a model, for a copy
+            raise RuntimeError(
+                "the guide has no parameters before it has seen the model: call guide.setup(*args, **kwargs) with the "
+                "model's arguments first"
+            )
+        return super().parameters(recurse)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
+        # A guide that goes on from a saved state must see the random numbers that an uninterrupted one sees.
+        saved = hasattr(self, "flows") or self._stored()
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices) if saved else nullcontext():
+            self._set_up(*args, **kwargs)
+
+    def _set_up(self, *args: Any, **kwargs: Any) -> None:
+        model, start = self.model, self._init_loc_fn
+        with torch.random.fork_rng(devices=[]):
+            check_data(model, args, kwargs)
+            if start is None:
+                start = choose_start(model, self._init_scale, args, kwargs)
         try:
+            self._model = (InitMessenger(start)(model),)
+            super()._setup_prototype(*args, **kwargs)
+            self._model = (model,)
+            self._masked = MaskedElements(model, args, kwargs, self.prototype_trace)
+            self.latent_dim = len(self._masked.index)
+            if self.latent_dim == 0:
+                raise ValueError("the model masks all of its latents, so that there is no density to approximate")
             self._check_prototype_frames()
             self._check_subsampling(*args, **kwargs)
             if not hasattr(self, "flows"):
@@ -196,9 +267,12 @@ class AutoHollowCNF(AutoContinuous):
                 raise ValueError(
                     f"the state was saved for {len(self.affine)} latents, but the model has {self.latent_dim}"
                 )
+            self._check_signature()
         except Exception:
             self.prototype_trace = None  # or the next call would go on without parameters
             raise
+        finally:
+            self._model = (model,)
 
     def _check_prototype_frames(self) -> None:
         for frame in subsampled(self._prototype_frames.values()):
@@ -220,9 +294,14 @@ class AutoHollowCNF(AutoContinuous):
             )
 
     def _stored(self) -> bool:
-        """Whether Pyro's parameter store has the flows, as after loading it."""
-        known = any(key.startswith(f"{self._pyro_get_fullname('flows')}$$$") for key in pyro.get_param_store())
-        return known and self._pyro_context.active and not pyro.settings.get("module_local_params")
+        """True if Pyro's parameter store has parameters of this guide's name, as after loading it."""
+        if not self._uses_store():
+            return False
+        names = (self._pyro_get_fullname("affine"), self._pyro_get_fullname("flows") + "$$$")
+        return any(key.startswith(names) for key in pyro.get_param_store())
+
+    def _uses_store(self) -> bool:
+        return self._pyro_context.active and not pyro.settings.get("module_local_params")
 
     def _make_from_store(self) -> None:
         """Takes the flows from the store; other parameters come by themselves."""
@@ -232,22 +311,72 @@ class AutoHollowCNF(AutoContinuous):
         self._check_store(flows, len(loc))
         self._make(loc, flows)
         pyro.module(self._pyro_get_fullname("flows"), self._modules["flows"], update_module_params=True)
+        self._synchronize()
 
     def _check_store(self, flows: nn.ModuleList, d: int) -> None:
-        """That the store has the parameters of these flows, and those only."""
+        """Refuses a store that has other parameters than those of these flows and of an affine map."""
         store, name = pyro.get_param_store(), self._pyro_get_fullname("flows")
         own = {f"{name}$$${key}": parameter.shape for key, parameter in flows.named_parameters()}
         own[self._pyro_get_fullname("affine")] = torch.Size([d, 1 + (d if self._full else 1)])
         known = {key: store[key].shape for key in store if key in own or key.startswith(f"{name}$$$")}
         if known != own:
-            raise ValueError(
-                "Pyro's parameter store has the parameters of a guide for another number of latents or with other "
-                "settings; before you make a guide anew, call pyro.clear_param_store()"
-            )
+            raise ValueError(_OTHER_STORE)
+
+    def _signature(self) -> Tensor:
+        """A digest of what parameters mean: the sites and shapes of latents, and the settings."""
+        sites = [
+            (site["name"], tuple(self._unconstrained_shapes[site["name"]]), type(site["fn"].support).__name__)
+            for _, site in self.prototype_trace.iter_stochastic_nodes()
+        ]
+        flows = self._modules["flows"]
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in flows.named_parameters()]
+        settings = {name: self._settings.get(name) for name in ("activation", "max_rate", "time")}
+        named = {name: getattr(value, "__name__", repr(value)) for name, value in settings.items()}
+        conditioners = [type(flow.nn.conditioner).__name__ for flow in flows]
+        affine = self._full and self.latent_dim > 1
+        content = (sites, self._masked.index.tolist(), shapes, named, conditioners, affine, self._stretching is None)
+        digest = hashlib.sha256(repr(content).encode()).digest()
+        # Three bytes each, which even float32 holds exactly.
+        return torch.tensor([int.from_bytes(digest[3 * i : 3 * i + 3], "big") for i in range(_SIGNATURE_SIZE)])
+
+    def _check_signature(self) -> None:
+        """Refuses a state that is another guide's, by its signature if it has one."""
+        signature = self._signature().to(self.progress)
+        if bool(self.progress[2:].any()) and not torch.equal(self.progress[2:], signature):
+            raise ValueError("the state was saved for a guide of another model or with other settings")
+        self.progress[2:] = signature
+
+    def _synchronize(self) -> None:
+        """
+        Keeps the progress in Pyro's store, in the same memory as in this module; what was loaded into the store wins,
+        as for parameters. With it are all parameters from the first call on, hidden from optimizers until they learn.
+        """
+        if not self._uses_store():
+            return
+        store, name = pyro.get_param_store()._params, self._pyro_get_fullname("progress")
+        entry = store.get(name)
+        if entry is None or entry is not self._entry[0]:
+            if entry is not None:
+                signature = self._signature().to(entry)
+                if entry.shape != self.progress.shape or not torch.equal(entry.detach()[2:], signature):
+                    raise ValueError(_OTHER_STORE)
+                self.progress.copy_(entry.detach())
+            with poutine.block():
+                _ = self.affine, self.flows, getattr(self, "tails", None)
+        elif entry.data_ptr() == self.progress.data_ptr():
+            return
+        pyro.get_param_store()[name] = self.progress.detach()  # in the same memory
+        self._entry = (store[name],)
+
+    def _init_loc(self) -> Tensor:
+        return self._masked.start[self._masked.index]
 
     def _make(self, loc: Tensor, flows: nn.ModuleList | None = None) -> None:
         """Makes the parameters: the affine map, location in the first column, and the flows unless there are any."""
         d = len(loc)
+        if (self.progress.dtype, self.progress.device) != self._placed:  # the guide was moved before it was made
+            loc = loc.to(self.progress)
+        self.progress = self.progress.to(loc)
         affine = torch.zeros(d, 1 + (d if self._full else 1)).to(loc)
         affine[:, 0] = loc
         log_scale = affine[:, 1:].diagonal() if self._full else affine[:, 1]
@@ -255,6 +384,7 @@ class AutoHollowCNF(AutoContinuous):
         self.affine = nn.Parameter(affine / _AFFINE_RATE)
         if self._stretching is not None:
             self._stretching.to(loc)
+            self.progress[1] = self._stretching.excess
             self.tails = nn.Parameter(torch.full((d, 2), math.log(_INITIAL_TAIL) / _AFFINE_RATE).to(loc))
         self.flows = self._make_flows(loc) if flows is None else flows
 
@@ -300,37 +430,113 @@ class AutoHollowCNF(AutoContinuous):
         """The tails of the base if it has any, the flows, and the affine map."""
         return ComposeTransform(self._transforms(self.flows))
 
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        Samples all latents of the model. Elements that the model masks, and on which nothing in it depends, are samples
+        of the prior without a density.
+
+        :return: A dict mapping sample site name to sampled value.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        with self._masked.uncounted() if self._masked else nullcontext():
+            return super().forward(*args, **kwargs)
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        if self._masked and latent.shape[-1] == self.latent_dim:
+            latent = self._masked.fill(latent, self._masked.start.to(latent))
+        return super()._unpack_latent(latent)
+
+    def _values(self, latent: Tensor) -> dict[str, Tensor]:
+        """The latents in their supports, by site."""
+        return {site["name"]: biject_to(site["fn"].support)(value) for site, value in self._unpack_latent(latent)}
+
+    def _with_masked(self, latent: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Latents with samples of the elements that the model masks."""
+        drawn = self._masked.draw(self.model, args, kwargs, self._values(latent.detach()), latent.shape[:-1])
+        return self._masked.fill(latent, drawn)
+
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Samples an encoded latent."""
+        if self._stretching is not None and self._stretching.excess.data_ptr() != self.progress[1].data_ptr():
+            self.progress[1] = self._stretching.excess  # a copy, or a guide that was moved
+            self._stretching.excess = self.progress[1]
+        self._synchronize()
+        learns = self.training and torch.is_grad_enabled()
         flows: list[Any] = [] if self._warms_up() else list(self.flows)
         transforms = self._transforms(flows)
         if self._path_gradient:
             posterior = PathPosterior(self.get_base_dist(), transforms)
-            posterior.stretching = self._stretching if flows and self.training else None
+            if self._stretching is not None and flows and self.training:
+                posterior.stretching = self._stretching
+                # A guide from a pickle has no model.
+                posterior.is_valid = None if self._model is None else partial(self._evaluates, args, kwargs)
         else:
             posterior = Posterior(self.get_base_dist(), transforms)
         latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+        if learns:
+            guard_gradients(latent, self)
+            self._check_particles(latent.detach(), args, kwargs)
+        if self._masked:
+            latent = self._with_masked(latent, args, kwargs)
+            self._masked.latents = {site["name"]: (site["fn"], value) for site, value in self._unpack_latent(latent)}
         if self._penalty and flows and torch.is_grad_enabled():
             penalty = torch.stack([flow.regularization.penalty() for flow in flows]).sum(0)
             # In a guide, whose log-density the ELBO subtracts.
             pyro.factor(f"_{self._pyro_name}_penalty", self._penalty * penalty, has_rsample=True)
         return latent
 
+    def _check_particles(self, latent: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Once, refuses a model that mixes vectorised particles, whose gradients would be wrong."""
+        vectorized = latent.dim() >= 2 and len(latent) >= 2 and latent.shape[1:-1].numel() == 1
+        if self._checked or self._model is None or not vectorized:
+            return
+        values = self._values(latent[:2])
+        check_independence(self.model, args, kwargs, values, latent.dim() - 2, "vectorize_particles=False")
+        self._checked = True
+
+    @torch.no_grad()
+    def _evaluates(self, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor) -> bool:
+        """
+        False if the model raises an error for one of the stretched samples.
+
+        Only those are tried that lie outside the range of all earlier ones: soon there are few.
+        """
+        rows = latents.reshape(-1, latents.shape[-1])
+        if self._range is None:
+            self._range = rows[0].clone().fill_(math.inf), rows[0].clone().fill_(-math.inf)
+        low, high = self._range
+        for row in rows[((rows < low) | (rows > high)).any(-1)]:
+            try:
+                log_density(self.model, args, kwargs, self._values(row))
+            except (ArithmeticError, RuntimeError, ValueError):
+                return False
+            low.copy_(torch.minimum(low, row))
+            high.copy_(torch.maximum(high, row))
+        return True
+
     def _warms_up(self) -> bool:
-        """Whether the flows sit this call out; only while they are the identity, so that no result depends on it."""
-        if not (self.training and torch.is_grad_enabled() and self._calls < self._warm_up):
+        """True if the flows sit this call out; only while they are the identity, so that no result depends on it."""
+        if not (self.training and torch.is_grad_enabled() and self.progress[0] < self._warm_up):
             return False
         # Not as an attribute, which would show their parameters to the optimizer.
         fresh = all(flow.nn.transformer.is_zero() for flow in self._modules["flows"])
-        self._calls = self._calls + 1 if fresh else self._warm_up
+        self.progress[0] = self.progress[0] + 1 if fresh else self._warm_up
         return fresh
 
     @torch.no_grad()
-    def _marginal_quantiles(self, probabilities: Sequence[float] | Tensor) -> Tensor:
-        """Of the unconstrained latents, with shape ``(len(probabilities), latent_dim)``."""
+    def _marginal_quantiles(
+        self, probabilities: Sequence[float] | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The quantiles of the unconstrained latents, with shape ``(len(probabilities), n)``."""
         z = _normal_samples(self.latent_dim).to(self.affine)
         transform = self.get_transform()
         samples = torch.cat([transform(part) for part in z.split(max(1, 2**18 // self.latent_dim))])
+        if self._masked:
+            nesting = max((-frame.dim for frame in self._prototype_frames.values()), default=0)
+            with torch.random.fork_rng(devices=[]):
+                particles = samples.reshape(len(samples), *(1,) * nesting, -1)
+                samples = self._with_masked(particles, args, kwargs).reshape(len(samples), -1)
         levels = torch.as_tensor(probabilities).to(samples)
         # torch.quantile takes 2^24 elements at most.
         return torch.cat([torch.quantile(part, levels, dim=0) for part in samples.split(2**11, dim=-1)], dim=-1)
@@ -354,14 +560,13 @@ class AutoHollowCNF(AutoContinuous):
             print(guide.quantiles([0.05, 0.5, 0.95]))
 
         :param quantiles: A list of requested quantiles between 0 and 1.
-        :param args: arguments of the model, by which one that was not called yet is set up; and so kwargs.
+        :param args: arguments of the model, by which one that was not called yet is set up, and elements that the model
+            masks are sampled; and so kwargs.
         :return: A dict mapping sample site name to a tensor of quantile values, stacked in the first dimension.
         """
-        if self.prototype_trace is None:
-            with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could not learn
-                self._setup_prototype(*args, **kwargs)
+        self.setup(*args, **kwargs)
         result: dict[str, list[Tensor]] = {}
-        for latent in self._marginal_quantiles(quantiles):
+        for latent in self._marginal_quantiles(quantiles, args, kwargs):
             for site, value in self._unpack_latent(latent):
                 result.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
         return {name: torch.stack(values) for name, values in result.items()}
@@ -383,7 +588,7 @@ class AutoHollowCNF(AutoContinuous):
         # Pyro's takes the model, which may not be picklable, and the master from the guide itself, too.
         model, master = self.__dict__["_model"], self.__dict__["master"]
         try:
-            return dict(super().__getstate__())
+            return {**super().__getstate__(), "_entry": (None,)}
         finally:
             self._model, self.master = model, master
 
@@ -398,6 +603,25 @@ class AutoHollowCNF(AutoContinuous):
 def _normal_samples(dim: int) -> Tensor:
     """Standard normal samples that are the same every time, with shape ``(_QUANTILE_SAMPLES, dim)``."""
     if dim > torch.quasirandom.SobolEngine.MAXDIM:
-        return torch.randn(_QUANTILE_SAMPLES, dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(_QUANTILE_SAMPLES, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+        half = torch.randn(_QUANTILE_SAMPLES // 2, dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        return torch.cat([half, -half])
+    engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0)
+    half = torch.special.ndtri(engine.draw(_QUANTILE_SAMPLES // 2, dtype=torch.float64).clamp(1e-9, 1 - 1e-9))
+    return torch.cat([half, -half])  # the median of an affine map is exactly its location
+
+
+def _check_settings(
+    num_transforms: int, affine: str, init_scale: float, warm_up: int, penalty: float, overdispersion: float
+) -> None:
+    if num_transforms < 1:
+        raise ValueError(f"num_transforms must be at least 1, but got {num_transforms}")
+    if affine not in ("full", "diagonal"):
+        raise ValueError(f"affine must be 'full' or 'diagonal', but got {affine!r}")
+    if not (init_scale > 0 and math.isfinite(init_scale)):
+        raise ValueError(f"init_scale must be positive and finite, but got {init_scale}")
+    if not (warm_up >= 0 and math.isfinite(warm_up)):
+        raise ValueError(f"warm_up must be 0 or more and finite, but got {warm_up}")
+    if not (penalty >= 0 and math.isfinite(penalty)):
+        raise ValueError(f"penalty must be 0 or more and finite, but got {penalty}")
+    if not (overdispersion >= 1 and math.isfinite(overdispersion)):
+        raise ValueError(f"overdispersion must be 1 or more and finite, but got {overdispersion}")

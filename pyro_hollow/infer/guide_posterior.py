@@ -27,6 +27,7 @@ _TAILS_FROM = 1.5
 # The share of samples that may have to be restrained, and how fast the stretching recedes while more are.
 _MAX_RESTRAINED = 0.15
 _RECESSION = 0.1
+_LEAST_EXCESS = 1e-3
 
 
 class _Bijection(Transform):
@@ -188,6 +189,14 @@ class Stretching(nn.Module):
         return x * (1.0 + self.excess * torch.rand_like(x))
 
     @torch.no_grad()
+    def shrink(self) -> bool:
+        """Halves the stretching, for samples at which a model cannot be evaluated; False if there is none to halve."""
+        least = min(_LEAST_EXCESS, self._max_excess)
+        stretched = bool(self.excess > least)
+        self.excess.mul_(0.5).clamp_(min=least)
+        return stretched
+
+    @torch.no_grad()
     def restrain(self, gradient: Tensor, size: Tensor, largest: Tensor) -> Tensor:
         """
         Cuts the gradients of samples to a largest size each. The stretching recedes while too many have to be cut.
@@ -199,7 +208,7 @@ class Stretching(nn.Module):
         excessive = ~(size <= largest)
         share = excessive.to(self.excess.dtype).mean()
         self.excess.mul_(torch.exp(_RECESSION * (_MAX_RESTRAINED - share)))
-        self.excess.clamp_(min(1e-3, self._max_excess), self._max_excess)
+        self.excess.clamp_(min(_LEAST_EXCESS, self._max_excess), self._max_excess)
         cut = torch.where(excessive, largest / size, 1.0).unsqueeze(-1)
         return torch.where(size.isfinite().unsqueeze(-1), gradient * cut, 0.0)
 
@@ -213,13 +222,22 @@ class PathPosterior(PathGradientDistribution):
 
     # Set afterwards, as torch refuses to expand a distribution that has an __init__ of its own.
     stretching: Stretching | None = None
+    # Tells whether the model can be evaluated at samples.
+    is_valid: Callable[[Tensor], bool] | None = None
     # By what the gradient of the log-density of each latest sample is multiplied; known in the backward pass.
     _weights: list[Tensor]
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> PathPosterior:
         expanded = super().expand(batch_shape, _instance)
-        expanded.stretching = self.stretching
+        expanded.stretching, expanded.is_valid = self.stretching, self.is_valid
         return expanded
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        sample = super().rsample(sample_shape)
+        if self.stretching is not None and self.is_valid is not None and torch.is_grad_enabled():
+            while not self.is_valid(sample.detach()) and self.stretching.shrink():
+                sample = super().rsample(sample_shape)
+        return sample
 
     def _base_sample(self, sample_shape: torch.Size) -> Tensor:
         x = _spread_sample(self, sample_shape)

@@ -153,6 +153,20 @@ class Solver:
         if self.method in IMPLICIT_METHODS:
             implicit.check_options(self.method, self.options)
 
+    @classmethod
+    def of(cls, solver: Solver | str) -> Solver:
+        """
+        The solver itself, or the one of a method with its default settings.
+
+        :param solver: a solver, or the name of a method in :data:`METHODS`.
+        :raises TypeError: for anything else.
+        """
+        if isinstance(solver, str):
+            return cls(solver)
+        if not isinstance(solver, cls):
+            raise TypeError(f"solver must be a Solver or the name of a method, as 'dopri5', but got {solver!r}")
+        return solver
+
     @property
     def adaptive(self) -> bool:
         """Whether the method chooses its steps by itself."""
