@@ -3,7 +3,6 @@
 
 import math
 import sys
-import types
 
 import pyro
 import pyro.distributions as dist
@@ -65,9 +64,7 @@ def normal_guide(shift=0.0, ratio=1.0):
 
 def draws(result, group="posterior", name="z"):
     """With the shape (draws,) + that of the site."""
-    chains = torch.from_numpy(result.posterior[group][name].values)
-    assert chains.shape[0] == 1
-    return chains[0]
+    return torch.from_numpy(result.posterior[group][name].values).flatten(0, 1)
 
 
 def hierarchy(x):
@@ -267,12 +264,15 @@ GUIDES = {
 every_guide = pytest.mark.parametrize("auto", GUIDES.values(), ids=GUIDES)
 
 
+GROUPS = {"posterior", "sample_stats", "guide", "log_likelihood", "posterior_predictive", "observed_data"}
+
+
 @every_guide
 @every_way
 def test_shapes(auto, way):
     result = diagnose(hierarchy, auto(hierarchy), X, num_samples=25, num_draws=11, **way)
     assert isinstance(result, GuideDiagnostics) and isinstance(result.posterior, arviz.InferenceData)
-    assert result.posterior.groups() == ["posterior", "sample_stats", "guide"]
+    assert set(result.posterior.groups()) == GROUPS
     assert result.log_weights.shape == result.weights.shape == (25,)
     assert result.weights.sum() == pytest.approx(1)
     for group, size in {"posterior": 11, "guide": 25}.items():
@@ -365,7 +365,7 @@ def test_observed_factor_and_deterministic_sites():
 
     result = diagnose(model, lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), num_samples=100)
     z = draws(result, "guide")
-    assert list(result.posterior.posterior) == list(result.posterior.guide) == ["z"]
+    assert list(result.posterior.posterior) == ["z", "square"] and list(result.posterior.guide) == ["z"]
     assert_close(result.log_weights, dist.Normal(z, 1.0).log_prob(torch.tensor(0.7)) - z**4)
 
 
@@ -408,7 +408,7 @@ def test_models_that_cannot_be_vectorised():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(z, scale), obs=x)
 
-    with pytest.raises(RuntimeError, match="ambiguous"):
+    with pytest.raises(ValueError, match="model runs with one sample, but not with two .*ambiguous.* vectorize=False"):
         diagnose(model, normal_guide(), X)
     result = diagnose(model, normal_guide(-2.0), X, num_samples=100, vectorize=False)
     z = draws(result, "guide").unsqueeze(-1)
@@ -429,7 +429,7 @@ def test_models_that_mix_samples(factor):
     def guide():
         pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match="model must treat samples independently, .* use vectorize=False.* dropout"):
+    with pytest.raises(ValueError, match="model must treat samples independently, .* use vectorize=False"):
         diagnose(model, guide)
     result = diagnose(model, guide, num_samples=100, vectorize=False)
     assert_close(result.log_weights, torch.stack([factor(z) for z in draws(result, "guide")]))
@@ -588,7 +588,7 @@ def test_names_like_those_of_dimensions(name):
         pyro.sample(name, dist.Normal(0.0, 1.0))
 
     draws = diagnose(model, AutoNormal(model)).posterior.posterior
-    assert set(draws) == {"x", name} and draws[name].shape == (1, 4000) and draws["x"].shape == (1, 4000, 3)
+    assert set(draws) == {"x", name} and draws[name].shape == (4, 1000) and draws["x"].shape == (4, 1000, 3)
 
 
 def test_sites_without_elements():
@@ -596,7 +596,7 @@ def test_sites_without_elements():
         pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("none", dist.Normal(torch.zeros(0), 1.0).to_event(1))
 
-    assert diagnose(model, AutoNormal(model)).posterior.posterior["none"].shape == (1, 4000, 0)
+    assert diagnose(model, AutoNormal(model)).posterior.posterior["none"].shape == (4, 1000, 0)
 
 
 def test_structure_that_changes():
@@ -690,15 +690,7 @@ def test_announcements_of_arviz(monkeypatch, tmp_path):
     diagnose(location, normal_guide(), X)
 
 
-@pytest.mark.parametrize(
-    "module, message",
-    [
-        (None, "diagnose needs ArviZ: pip install"),
-        (types.SimpleNamespace(__version__="1.0.0"), "not 1.0.0: pip install"),
-    ],
-    ids=["missing", "too new"],
-)
-def test_arviz_is_needed(module, message, monkeypatch):
-    monkeypatch.setitem(sys.modules, "arviz", module)
-    with pytest.raises(ImportError, match=message):
+def test_arviz_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    with pytest.raises(ImportError, match="diagnose needs ArviZ: pip install"):
         diagnose(location, normal_guide(), X)
