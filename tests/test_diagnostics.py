@@ -67,6 +67,12 @@ def draws(result, group="posterior", name="z"):
     return torch.from_numpy(result.posterior[group][name].values).flatten(0, 1)
 
 
+def groups(result):
+    """Those of an InferenceData, or of the DataTree that it is since ArviZ 1."""
+    names = result.posterior.groups
+    return {name.strip("/") for name in (names() if callable(names) else names)} - {""}
+
+
 def hierarchy(x):
     """Sites in either plate, in both and in none, with events and constraints."""
     columns, rows = pyro.plate("columns", 2, dim=-2), pyro.plate("rows", len(x), dim=-1)
@@ -271,8 +277,7 @@ GROUPS = {"posterior", "sample_stats", "guide", "log_likelihood", "posterior_pre
 @every_way
 def test_shapes(auto, way):
     result = diagnose(hierarchy, auto(hierarchy), X, num_samples=25, num_draws=11, **way)
-    assert isinstance(result, GuideDiagnostics) and isinstance(result.posterior, arviz.InferenceData)
-    assert set(result.posterior.groups()) == GROUPS
+    assert isinstance(result, GuideDiagnostics) and groups(result) == GROUPS
     assert result.log_weights.shape == result.weights.shape == (25,)
     assert result.weights.sum() == pytest.approx(1)
     for group, size in {"posterior": 11, "guide": 25}.items():
@@ -324,6 +329,7 @@ def test_resampling_is_unbiased():
     assert_close(indices.bincount(minlength=7) / 12_000, weights, rtol=0, atol=0.02)
 
 
+@pytest.mark.skipif(not hasattr(arviz, "psislw"), reason="since ArviZ 1 only within arviz_stats")
 def test_weights_are_smoothed():
     result = diagnose(location, normal_guide(ratio=0.6), X)
     log_weights, khat = arviz.psislw(result.log_weights.numpy())

@@ -246,7 +246,7 @@ def test_log_likelihoods_of_classes_that_depend_on_others():
 
 @pytest.mark.parametrize("model", [one_for_all, nested], ids=lambda model: model.__name__)
 def test_observations_that_share_a_class_have_no_log_likelihood_each(model):
-    groups = diagnose(model, guide_of(model), num_samples=40).posterior.groups()
+    groups = diagnose(model, guide_of(model), num_samples=40).posterior
     assert "log_likelihood" not in groups and "observed_data" in groups
 
 

@@ -98,9 +98,10 @@ class Predictions:
             try:
                 groups["posterior_predictive"] = _join([self._predicted(batch, vectorize) for batch in batches])
             except Exception as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]  # Pyro appends a table of shapes
                 warnings.warn(
-                    f"the group posterior_predictive is left out, as the model cannot draw its observed sites: "
-                    f"{type(error).__name__}: {error}. Silence this with posterior_predictive=False",
+                    "the group posterior_predictive is left out, as the model cannot draw its observed sites "
+                    f"({reason}); posterior_predictive=False silences this",
                     stacklevel=3,
                 )
         return groups | {"observed_data": self.observed}
@@ -112,8 +113,8 @@ class Predictions:
         if size <= _MAX_BYTES:
             return True
         warnings.warn(
-            f"the group {group} is left out, as {count} draws of it take {size / 1e9:.1f} GB; use a smaller num_draws, "
-            f"or silence this with {group}=False",
+            f"the group {group} is left out, as {count} draws of it take {size / 1e9:.1f} GB; use a smaller num_draws "
+            f"for it, or {group}=False to silence this",
             stacklevel=4,
         )
         return False
