@@ -22,6 +22,7 @@ from pyro.infer.autoguide import (
     AutoNormalMessenger,
     init_to_median,
 )
+from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
 from torch import nn
 from torch.distributions import biject_to, constraints
@@ -439,6 +440,70 @@ def test_models_that_mix_samples(factor):
         diagnose(model, guide)
     result = diagnose(model, guide, num_samples=100, vectorize=False)
     assert_close(result.log_weights, torch.stack([factor(z) for z in draws(result, "guide")]))
+
+
+def logistic_regression(x, y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    sizes.append(w.numel() // 3)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=w @ x.T), obs=y)
+
+
+sizes: list[int] = []
+
+
+def test_two_samples_are_tried_before_thousands_are_allocated():
+    """The density of all pairs of 4,000 samples would take 128 GB."""
+    sizes.clear()
+    x, y = torch.randn(2000, 3), torch.ones(2000)
+    with pytest.raises(ValueError, match="model must treat samples independently, .* site 'y' .* use vectorize=False"):
+        diagnose(logistic_regression, AutoNormal(logistic_regression), x, y)
+    assert max(sizes) == 2
+
+
+class Linear(PyroModule):
+    """A layer of PyTorch with priors on its weights, which takes no matrix of them for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = PyroModule[nn.Linear](1, 1)
+        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 1]).to_event(2))
+        self.linear.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+    def forward(self, x):
+        mean = self.linear(x.unsqueeze(-1)).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=x)
+
+
+def unbinds(x):
+    """Takes a vector apart by its first dimension, which is that of the samples where there are some."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    a, b, c = z.unbind(0)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(a + b * c, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("make", [Linear, lambda: unbinds], ids=["layer", "unbind"])
+def test_models_that_take_no_further_plate_name_the_setting(make):
+    model = make()
+    message = "model runs with one sample, but not with two in a further plate .*use vectorize=False"
+    with pytest.raises(ValueError, match=message) as info:
+        diagnose(model, AutoNormal(model), X, num_samples=25)
+    assert info.value.__cause__ is not None
+    assert diagnose(model, AutoNormal(model), X, num_samples=25, vectorize=False).elbo < 0
+
+
+def test_guides_that_take_no_further_plate_name_the_setting():
+    def guide(x):
+        z = pyro.sample("latent", dist.Normal(torch.zeros(1), 1.0).to_event(1), infer={"is_auxiliary": True})
+        z = float(z)
+        pyro.sample("z", dist.Delta(torch.tensor(z)))
+
+    message = "guide runs with one sample, but not with two in a further plate .*use vectorize=False"
+    with pytest.raises(ValueError, match=message):
+        diagnose(location, guide, X, num_samples=25)
+    assert diagnose(location, guide, X, num_samples=25, vectorize=False).num_samples == 25
 
 
 # What is left alone

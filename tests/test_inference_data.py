@@ -262,6 +262,19 @@ def test_groups_that_are_too_large_are_left_out_aloud(group, monkeypatch):
     assert group not in groups(result)
 
 
+def test_deterministic_sites_that_are_too_large_are_left_out_aloud(monkeypatch):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            pyro.deterministic("large", z * torch.ones(4))
+        pyro.deterministic("small", -z)
+
+    monkeypatch.setattr(predictions, "_MAX_BYTES", 25 * 4 * 8 - 1)
+    with pytest.warns(UserWarning, match="deterministic site 'large' is left out, as 25 draws of it take"):
+        result = diagnose(model, AutoNormal(model), num_samples=25)
+    assert set(result.posterior["posterior"]) == {"z", "small"}
+
+
 def test_models_without_data_have_no_groups_of_data():
     def model():
         pyro.sample("z", dist.Normal(0.0, 1.0))

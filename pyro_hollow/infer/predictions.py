@@ -22,7 +22,7 @@ from pyro_hollow.infer.log_joint import enumerated, log_likelihood
 __all__ = ["PARTICLES", "Predictions"]
 
 PARTICLES = "num_particles_vectorized"  # the plate of samples, by its name in Pyro's ELBOs
-_MAX_BYTES = 2**31  # of a group
+_MAX_BYTES = 2**31  # of a group or a deterministic site
 
 
 class Predictions:
@@ -85,8 +85,15 @@ class Predictions:
         step = 1 if batch_size is None else batch_size
         batches = [{name: v[i : i + step] for name, v in draws.items()} for i in range(0, count, step)]
         vectorize = batch_size is not None
-        log_likelihood = log_likelihood and self._fits("log_likelihood", count)
-        posterior_predictive = posterior_predictive and self._fits("posterior_predictive", count)
+        # A density is a float of its site's precision, or of single precision at least.
+        size = sum(int(keep.sum()) * max(4, self.observed[name].element_size()) for name, keep in self._keep.items())
+        log_likelihood = log_likelihood and _fits("group log_likelihood", count, size)
+        size = sum(value.nbytes for value in self.observed.values())
+        posterior_predictive = posterior_predictive and _fits("group posterior_predictive", count, size)
+        for name in [
+            n for n, v in self.deterministic.items() if not _fits(f"deterministic site {n!r}", count, v.nbytes)
+        ]:
+            del self.deterministic[name]
         groups: dict[str, dict[str, Tensor]] = {"deterministic": {}, "log_likelihood": {}, "posterior_predictive": {}}
         if self.deterministic or log_likelihood and self.observed:
             runs = [self._conditioned(batch, vectorize, log_likelihood) for batch in batches]
@@ -106,27 +113,12 @@ class Predictions:
                 )
         return groups | {"observed_data": self.observed}
 
-    def _fits(self, group: str, count: int) -> bool:
-        like = self._keep if group == "log_likelihood" else self.observed
-        sizes = {name: int(v.sum()) if like is self._keep else v.numel() for name, v in like.items()}
-        size = count * sum(n * max(4, self.observed[name].element_size()) for name, n in sizes.items())
-        if size <= _MAX_BYTES:
-            return True
-        warnings.warn(
-            f"the group {group} is left out, as {count} draws of it take {size / 1e9:.1f} GB; use a smaller num_draws "
-            f"for it, or {group}=False to silence this",
-            stacklevel=4,
-        )
-        return False
-
     def _run(
         self, model: Callable[..., Any], draws: Mapping[str, Tensor], vectorize: bool, enumerates: bool
     ) -> poutine.Trace:
         """A trace at given draws, under a plate of them or at the only one without it."""
-        values, nesting = (
-            {name: value[0].to(self.latents[name]) for name, value in draws.items()},
-            self.max_plate_nesting,
-        )
+        nesting = self.max_plate_nesting
+        values = {name: value[0].to(self.latents[name]) for name, value in draws.items()}
         if vectorize:
             count = len(next(iter(draws.values())))
             model = pyro.plate(PARTICLES, count, dim=-1 - nesting)(model)
@@ -202,6 +194,18 @@ class _Unobserved(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and msg["name"] in self.names:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+def _fits(what: str, count: int, size: int) -> bool:
+    if count * size <= _MAX_BYTES:
+        return True
+    remedy = f", or {what.split()[1]}=False to silence this" if what.startswith("group") else ""
+    warnings.warn(
+        f"the {what} is left out, as {count} draws of it take {count * size / 1e9:.1f} GB; use a smaller num_draws "
+        f"for it{remedy}",
+        stacklevel=4,
+    )
+    return False
 
 
 def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
