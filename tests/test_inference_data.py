@@ -206,6 +206,20 @@ def test_observed_sites_of_all_kinds_have_their_shapes(way):
     assert {name: v.shape[2:] for name, v in densities.items()} == {**shapes, "vector": ()}
 
 
+def test_observed_values_may_be_longer_than_the_event_of_their_distribution():
+    """As those of a homogeneous hidden Markov model are."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        loc = z.unsqueeze(-1) + torch.tensor([-1.0, 1.0])
+        chain = dist.DiscreteHMM(torch.zeros(2), torch.zeros(1, 2, 2), dist.Normal(loc.unsqueeze(-2), 1.0), duration=5)
+        pyro.sample("x", chain, obs=torch.arange(5.0))
+
+    result = diagnose(model, AutoNormal(model), num_samples=25)
+    assert result.posterior["observed_data"]["x"].shape == (5,)
+    assert values(result, "x", "log_likelihood").shape == (25,)
+
+
 def masked(how):
     mask = torch.tensor([True, False, True, True, False, True, True, True])
 

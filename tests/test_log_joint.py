@@ -255,7 +255,7 @@ def test_observations_that_share_a_class_have_no_log_likelihood_each(model):
 
 def test_discrete_sites_that_are_neither_marked_nor_in_the_guide_are_named():
     unmarked = poutine.infer_config(mixture, lambda site: {"enumerate": None})
-    with pytest.raises(ValueError, match=r"does not sample \['k'\].* \['k'\] can be enumerated: .*config_enumerate"):
+    with pytest.raises(ValueError, match=r"does not sample \['k'\].* mark \['k'\] for parallel .*config_enumerate"):
         diagnose(unmarked, guide_of(mixture))
 
 

@@ -147,7 +147,8 @@ def diagnose(
     :param int num_draws: how many corrected draws to make. Defaults to num_samples.
     :param int batch_size: how many samples to draw or predict at once, where memory is short. Defaults to all.
     :param int max_plate_nesting: the largest number of nested plates. Defaults to that of a first run.
-    :param bool vectorize: False for one sample at a time, if the model or guide does not allow a further plate.
+    :param bool vectorize: False for one sample at a time, if the model or guide does not allow a further plate. Each
+        of the next two groups then takes about as long again.
     :param bool log_likelihood: False to leave out this group. One of more than 2 GiB is left out with a warning.
     :param bool posterior_predictive: False to leave out this group. One of more than 2 GiB, or of a model that cannot
         sample its observed sites, is left out with a warning.
@@ -294,7 +295,7 @@ def _check_marginalised(sites: dict[str, Any], guide: Callable[..., Any]) -> Non
     marked = [name for name in marked if sites[name]["infer"].get("num_samples") is None]
     missing = [name for name in sites if name not in marked]
     discrete = [name for name in missing if getattr(sites[name]["fn"], "has_enumerate_support", False)]
-    hint = f"; {discrete} can be enumerated: pyro.infer.config_enumerate(model) marks them" if discrete else ""
+    hint = f"; mark {discrete} for parallel enumeration, as pyro.infer.config_enumerate(model) does" if discrete else ""
     if missing:
         raise ValueError(
             f"guide must sample all latent sites of the model, but does not sample {missing}; "

@@ -58,11 +58,13 @@ class Predictions:
         for name, site in fixed.items():
             if name in self.deterministic or site["infer"].get("is_auxiliary"):  # pyro.factor is auxiliary
                 continue
-            value, fn = site["value"], site["fn"]
-            value = value.expand(torch.broadcast_shapes(value.shape, fn.shape()))
-            keep = _mask(site).to(value.device).expand(value.shape[: value.dim() - fn.event_dim])
-            if bool(keep.any()) or not keep.numel():
-                self._keep[name], self.observed[name] = keep, value[keep] if not bool(keep.all()) else value
+            value, fn = torch.as_tensor(site["value"]), site["fn"]
+            batch_dim = value.dim() - fn.event_dim
+            batch_shape = torch.broadcast_shapes(value.shape[:batch_dim], fn.batch_shape)
+            value = value.expand(batch_shape + value.shape[batch_dim:])  # one value may stand for a whole plate
+            keep = _mask(site).to(value.device).expand(batch_shape)
+            if keep.any() or not keep.numel():
+                self._keep[name], self.observed[name] = keep, value if keep.all() else value[keep]
 
     def groups(
         self,
@@ -154,7 +156,7 @@ class Predictions:
             density = log_likelihood(trace, name, count)
             if density is not None:
                 density = density.reshape(count, *keep.shape)
-                result[name] = (density if bool(keep.all()) else density[:, keep]).cpu()
+                result[name] = (density if keep.all() else density[:, keep]).cpu()
         return deterministic, result
 
     def _predicted(self, draws: Mapping[str, Tensor], vectorize: bool) -> dict[str, Tensor]:
@@ -165,7 +167,7 @@ class Predictions:
             value = trace.nodes[name]["value"]
             event = value.shape[value.dim() - trace.nodes[name]["fn"].event_dim :]
             value = value.reshape(count, *keep.shape, *event)
-            result[name] = (value if bool(keep.all()) else value[:, keep]).cpu()
+            result[name] = (value if keep.all() else value[:, keep]).cpu()
         return result
 
     def _check_first(self, draws: Mapping[str, Tensor], deterministic: dict[str, Tensor]) -> None:
