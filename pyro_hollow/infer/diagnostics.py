@@ -117,9 +117,9 @@ def diagnose(
     marginalised, as :class:`~pyro.infer.TraceEnum_ELBO` does.
 
     Corrected draws stay in the guide's order, so that repeated ones are neighbours and count in ArviZ's effective
-    sample size, too. Consecutive quarters of them are the chains, and few draws are in two of these: where a few large
-    weights decide, chains differ, and ArviZ's r_hat shows it. If num_draws is no multiple of four there are three, two
-    or one.
+    sample size, too. Consecutive quarters of them are the chains, which share a sample at their borders only: where a
+    few large weights decide, chains differ, and ArviZ's r_hat shows it. If num_draws is no multiple of four there are
+    three chains, two or one.
 
     ``arviz.loo`` and ``arviz.plot_ppc`` use the groups "log_likelihood" and "posterior_predictive". Each holds a number
     for each draw and observation: 32 MB for 4,000 draws and 1,000 observations in float64. Masked observations are left

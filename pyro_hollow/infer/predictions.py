@@ -92,10 +92,8 @@ class Predictions:
         log_likelihood = log_likelihood and _fits("group log_likelihood", count, size)
         size = sum(value.nbytes for value in self.observed.values())
         posterior_predictive = posterior_predictive and _fits("group posterior_predictive", count, size)
-        for name in [
-            n for n, v in self.deterministic.items() if not _fits(f"deterministic site {n!r}", count, v.nbytes)
-        ]:
-            del self.deterministic[name]
+        sites = self.deterministic.items()
+        self.deterministic = {n: v for n, v in sites if _fits(f"deterministic site {n!r}", count, v.nbytes)}
         groups: dict[str, dict[str, Tensor]] = {"deterministic": {}, "log_likelihood": {}, "posterior_predictive": {}}
         if self.deterministic or log_likelihood and self.observed:
             runs = [self._conditioned(batch, vectorize, log_likelihood) for batch in batches]
