@@ -506,6 +506,19 @@ def test_guides_that_take_no_further_plate_name_the_setting():
     assert diagnose(location, guide, X, num_samples=25, vectorize=False).num_samples == 25
 
 
+def test_models_that_draw_for_themselves_have_unbiased_weights():
+    """Dropout, or a site that is hidden, is drawn from its prior, and needs no density."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + torch.randn_like(z), 1.0), obs=x)
+
+    x = torch.tensor(0.7)
+    result = diagnose(model, lambda x: pyro.sample("z", dist.Normal(x / 3, 1.0)), x, num_samples=20_000)
+    evidence = dist.Normal(0.0, math.sqrt(3)).log_prob(x).item()
+    assert result.iw_bound == pytest.approx(evidence, abs=4 * result.iw_bound_error)
+
+
 # What is left alone
 
 

@@ -178,8 +178,8 @@ class Predictions:
             elif value is None or not torch.allclose(value[:1].double(), alone.double(), 1e-3, 1e-3, equal_nan=True):
                 deterministic.pop(name, None)
                 warnings.warn(
-                    f"deterministic site {name!r} is left out, as its value for one draw is another one next to other "
-                    "draws; reduce and index single dimensions, as sum(-1) and [..., 0] do, or use vectorize=False",
+                    f"deterministic site {name!r} is left out, as its value for a draw alone differs from that next to "
+                    "others; reduce and index single dimensions, as sum(-1) and [..., 0] do, or use vectorize=False",
                     stacklevel=4,
                 )
 
