@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -20,7 +21,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
-__all__ = ["check_independence", "check_observed"]
+__all__ = ["check_independence", "check_observed", "explained"]
 
 _TOLERANCE = 1e-3  # of the log density of a site, relative and absolute
 _ROUNDING = 4  # by how many units in the last place a value is moved to see how the density is conditioned
@@ -50,14 +51,16 @@ def check_independence(
     :param values: of latent sites, two particles of each in the first dimension, as under a plate of particles.
     :param int max_plate_nesting: the number of dimensions of the model's own plates.
     :param str remedy: the setting that the message recommends.
-    :raises ValueError: if the densities differ, with the name of the site.
+    :raises ValueError: if the densities differ, with the name of the site, and if the model runs with one particle but
+        not with two.
     """
     state = get_rng_state()
     try:
         with torch.no_grad(), poutine.block():
-            together = _log_densities(model, args, kwargs, values, max_plate_nesting)
             first = {name: value[:1] for name, value in values.items()}
             alone = _log_densities(model, args, kwargs, first)
+            with explained("model", remedy):
+                together = _log_densities(model, args, kwargs, values, max_plate_nesting)
             suspects = [name for name in alone if name in together and not _close(together[name], alone[name])]
             if not suspects:
                 return
@@ -73,6 +76,18 @@ def check_independence(
                 f"{together[name]:.6g} for one next to another, and {alone[name]:.6g} for the same alone; reduce "
                 f"single dimensions, as sum(-1) does, write products with data as (w * X).sum(-1), or use {remedy}"
             )
+
+
+@contextmanager
+def explained(owner: str, remedy: str) -> Iterator[None]:
+    """Chains an error of a model or guide that fails in a further plate to a ValueError that names a remedy."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]  # Pyro appends a table of shapes
+        raise ValueError(
+            f"{owner} runs with one sample, but not with two in a further plate ({reason}); use {remedy}"
+        ) from error
 
 
 def _close(together: float, alone: float) -> bool:
