@@ -9,6 +9,7 @@ Which part for which need?
 - a guide for a model: :class:`AutoHollowCNF`, and :func:`diagnose` to check any guide;
 - a posterior flow or a density: :func:`hollow_cnf`, or :func:`conditional_hollow_cnf` where an encoder or other context
   decides; :class:`HollowCNF` and :class:`ConditionalHollowCNF` around a network of your own making;
+- such a flow in the units of the data (and of the context) that it is fitted to: :func:`standardized`;
 - behind such a flow, directions in which the latents of each data point vary together:
   :func:`conditional_low_rank_linear`;
 - gradients with less noise near the optimum, in a guide of your own: :class:`PathGradientDistribution`;
@@ -33,6 +34,7 @@ from pyro_hollow.transforms import (
     conditional_low_rank_linear,
     free_form_cnf,
     hollow_cnf,
+    standardized,
 )
 
 __version__ = "0.1.0"
@@ -56,4 +58,5 @@ __all__ = [
     "diagnose",
     "free_form_cnf",
     "hollow_cnf",
+    "standardized",
 ]

@@ -9,7 +9,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from torch.testing import assert_close
 from transform_checks import TIGHT, strengthen
 
-from pyro_hollow import conditional_hollow_cnf
+from pyro_hollow import conditional_hollow_cnf, standardized
 from pyro_hollow.sde import FlowMarginals, GaussianMixtureMarginals, log_density_derivatives
 
 TIMES = {"one time": torch.tensor(0.7, dtype=torch.float64), "times": 3 * torch.rand(5, dtype=torch.float64)}
@@ -105,6 +105,52 @@ def test_initialize():
     assert before < best - 10 and after > best - 3
 
 
+@pytest.mark.parametrize("c", [1e-6, 1e-4, 1e-2, 1.0, 1e6])
+def test_initial_means_stay_among_the_data_at_any_scale(c):
+    x = torch.tensor([5.0, -3.0]) + torch.randn(1000, 2)
+    density = GaussianMixtureMarginals(2, 8, (0.0, 1.0))
+    density.initialize(c * x)
+    drawn = density.sample(torch.rand(4000)) / c
+    assert ((drawn.mean(0) - x.mean(0)).abs() < x.std(0)).all() and (drawn.std(0) < 2 * x.std(0)).all()
+
+
+@each_covariance
+def test_derivatives_in_units_of_the_data(covariance):
+    density, t = mixture(2, covariance), torch.rand(5)
+    x = torch.tensor([1e3, 0.0]) + torch.tensor([10.0, 1e-2]) * torch.randn(5, 2)
+    density.standardize(t, x)
+    closed = density.derivatives(t, x)
+    assert_close(closed, log_density_derivatives(density.log_prob, t, x))
+    z, scale = (x - x.mean(0)) / x.std(0, correction=0), x.std(0, correction=0)
+    assert_close(closed.log_prob, reference(density, t).log_prob(z) - scale.log().sum())
+
+
+def test_flow_with_maps_of_its_own_keeps_them():
+    t, x = torch.rand(50), 1e3 + torch.randn(50, 2)
+    flow = standardized(conditional_hollow_cnf(2, 1), x, t.unsqueeze(-1))
+    density = FlowMarginals(flow, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    before = density.log_prob(t, x)
+    density.standardize(t, x)
+    assert not density.units.is_set
+    assert_close(density.log_prob(t, x), before, rtol=0, atol=0)
+
+
+def test_flow_in_units_of_the_data():
+    density, t, x = flow_marginals(2), 1960 + 50 * torch.rand(5), 1e3 * torch.randn(5, 2) + 1e4
+    density.standardize(t, x)
+    values = density.derivatives(t, x)
+    s, z = density.time_units(t), density.units(x)
+    plain = FlowMarginals(density.flow, density.base).derivatives(s, z)
+    span, scale = t.max() - t.min(), x.std(0, correction=0)
+    assert_close(values.log_prob, plain.log_prob - scale.log().sum())
+    assert_close(values.rate, plain.rate / span)
+    assert_close(values.score, plain.score / scale)
+    assert_close(values.curvature, plain.curvature / scale**2)
+    assert ((density.sample(t) - 1e4).abs() < 1e4).all()
+    with pytest.raises(ValueError, match=r"x must have shape \(\*, 2\), but got \(5, 1\)"):
+        density.log_prob(t, x[:, :1])
+
+
 def test_single_precision():
     density, x = mixture(3), torch.randn(5, 3)
     expected = density.derivatives(TIMES["times"], x)
@@ -118,6 +164,7 @@ BAD = {
     "num_components must be at least 1": {"num_components": 0},
     "hidden_dim must be at least 1": {"hidden_dim": 0},
     "interval must run from a time to a later one": {"interval": (1.0, 1.0)},
+    "both finite": {"interval": (0.0, float("inf"))},
     "covariance must be 'full' or 'diagonal'": {"covariance": "low-rank"},
 }
 

@@ -54,6 +54,17 @@ def test_diffusion_of_a_network_is_positive():
     assert (g >= 0.2).all() and g.min() < 0.3
 
 
+def test_default_floor_is_a_thousandth_of_the_unit():
+    t, x = torch.tensor([0.0, 4.0]), 1e-6 * torch.tensor([[1.0], [3.0]])
+    sde = DiagonalSDE(HollowNN(1), HollowNN(1))
+    sde.standardize(t, x)
+    with torch.no_grad():
+        for parameter in sde.diffusion.parameters():
+            parameter.mul_(100)
+    g = sde.g(t, 1e-6 * torch.tensor([[-1000.0], [1000.0]]))
+    assert g.min() >= 1e-3 * 1e-6 / 2
+
+
 def test_function_is_used_as_it_is():
     x = torch.randn(5, 3)
     assert_close(geometric().g(TIME, x), SIGMA * x)
@@ -137,6 +148,8 @@ BAD = {
     "times must be two or more that increase": {"times": [0.0, 0.0]},
     "increase, but got": {"times": [0.0]},
     "dt must be positive": {"dt": 0.0},
+    "dt must be positive and finite, but got inf": {"dt": math.inf},
+    r"times must be finite, but is inf at index \(1,\)": {"times": [0.0, math.inf]},
     "method must be 'euler' or 'milstein'": {"method": "heun"},
 }
 

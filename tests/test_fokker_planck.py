@@ -1,17 +1,22 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
+import copy
 import math
+import pickle
+import re
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from pyro_hollow import Solver
+from pyro_hollow import Solver, conditional_hollow_cnf
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.sde import (
     DiagonalSDE,
+    FlowMarginals,
     FokkerPlanckMatching,
     GaussianMixtureMarginals,
     fit,
@@ -297,10 +302,267 @@ def test_fit_stops_at_what_is_not_finite():
         fit(matching, torch.rand(10), torch.randn(10, 1), steps=2, batch_size=4)
 
 
+class Root(nn.Module):
+    """A finite diffusion, whose derivative with respect to its parameter is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.square = nn.Parameter(torch.zeros(1))
+
+    def forward(self, t, x):
+        return (0.5 + self.square.sqrt()).expand_as(x)
+
+
+def test_fit_stops_at_a_gradient_that_is_not_finite_and_changes_no_parameter():
+    matching = FokkerPlanckMatching(mixture(1), DiagonalSDE(HollowNN(1), Root()))
+    t, x, before = torch.rand(50), torch.randn(50, 1), copy.deepcopy([*matching.parameters()])
+    assert matching(t, x).total.isfinite()
+    with pytest.raises(ArithmeticError, match="norm of the gradient is (inf|nan) in step 1"):
+        fit(matching, t, x, steps=2)
+    assert_close([*matching.parameters()], before, rtol=0, atol=0)
+
+
+def snapshots(n=300, dtype=None):
+    """Two coordinates of unlike scales that drift apart."""
+    torch.manual_seed(1)
+    t = torch.rand(n, dtype=dtype)
+    return t, torch.stack([2 * t + torch.randn(n, dtype=dtype), 0.1 * torch.randn(n, dtype=dtype) - t], -1)
+
+
+def learned(t, x, steps=20, sde=lambda c: DiagonalSDE(HollowNN(2), HollowNN(2)), c=1.0, interval=(0.0, 1.0), **kwargs):
+    """A fit from a seed of its own."""
+    torch.manual_seed(2)
+    density, equation = GaussianMixtureMarginals(2, 3, interval), sde(c)
+    matching = FokkerPlanckMatching(density, equation, **kwargs).to(x.dtype)
+    density.initialize(x)
+    fit(matching, t, x, steps=steps, batch_size=64)
+    return matching
+
+
+def assert_same_fit(matching, other, t, x, c, b, tolerance, a=1.0, start=0.0):
+    """The second one is of c x + b at times a t + start."""
+    times, points = a * t + start, c * x + b
+    with torch.no_grad():
+        log_prob = other.density.log_prob(times, points) + x.shape[-1] * math.log(c)
+        assert_close(log_prob, matching.density.log_prob(t, x), rtol=0, atol=tolerance)
+        for ours, theirs, unit in (
+            (matching.sde.f(t, x), other.sde.f(times, points), c / a),
+            (matching.sde.g(t, x), other.sde.g(times, points), c / math.sqrt(a)),
+        ):
+            assert_close(theirs / unit, ours, rtol=tolerance, atol=tolerance)
+        assert_close(
+            (other.density.sample(times).std(0) / c).log(), matching.density.sample(t).std(0).log(), rtol=0, atol=0.3
+        )
+
+
+SCALES = [1e-6, 1e-3, 1.0, 1e6]
+
+
+@pytest.mark.parametrize("where", ["data", "both"])
+@pytest.mark.parametrize("offset", [0.0, -30.0], ids=["at 0", "far from 0"])
+@pytest.mark.parametrize("c", SCALES)
+def test_fits_of_x_and_of_c_x_plus_b_differ_by_log_c(c, offset, where):
+    t, x = snapshots()
+    assert_same_fit(learned(t, x, where=where), learned(t, c * (x + offset), where=where), t, x, c, c * offset, 1e-6)
+
+
+@pytest.mark.parametrize("c", SCALES)
+def test_fits_of_x_and_of_c_x_plus_b_in_single_precision(c):
+    t, x = snapshots(dtype=torch.float32)
+    torch.set_default_dtype(torch.float32)
+    # The offset takes the data's last digits away.
+    matching, b = learned(t, x), 10 * c
+    assert_same_fit(matching, learned(t, c * x), t, x, c, 0.0, 1e-2)
+    assert_same_fit(matching, learned(t, c * x + b), t, x, c, b, 3e-2)
+
+
+@pytest.mark.parametrize("a, start", [(1e-6, 0.0), (1e6, 1e6), (10.0, 1960.0)], ids=["short", "long", "years"])
+def test_fits_do_not_depend_on_the_units_of_time(a, start):
+    t, x = snapshots()
+    other = learned(a * t + start, x, interval=(start, start + a))
+    assert_same_fit(learned(t, x), other, t, x, 1.0, 0.0, 1e-6, a=a, start=start)
+
+
+@pytest.mark.parametrize("sizes", [(), (2,)], ids=["one for all", "one each"])
+@pytest.mark.parametrize("c", [1e-6, 1e6])
+def test_constant_diffusion_is_learned_at_any_scale(c, sizes):
+    t, x = snapshots()
+    values = [nn.Parameter(torch.full(sizes, 0.3 * unit)) for unit in (1.0, c)]
+    first, second = (
+        learned(t, unit * x, sde=lambda c, value=value: DiagonalSDE(HollowNN(2), value))
+        for unit, value in zip((1.0, c), values, strict=True)
+    )
+    assert_close(values[1] / c, values[0], rtol=1e-6, atol=0)
+    assert (values[0] - 0.3).abs().min() > 1e-3
+    assert first.sde.diffusion.value is values[0]
+    assert_close(second.sde.g(t, c * x), values[1].expand_as(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("c, offset", [(1e-6, 0.0), (1e6, -30.0)])
+def test_fits_of_flows_do_not_depend_on_units(c, offset):
+    t, x = snapshots(40)
+    fits = []
+    for unit, b in ((1.0, 0.0), (c, c * offset)):
+        torch.manual_seed(3)
+        flow = conditional_hollow_cnf(2, 1, [4], solver=Solver("rk4", options={"step_size": 0.5}))
+        density = FlowMarginals(flow, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(2), HollowNN(2)), where="data")
+        fit(matching, t, unit * x + b, steps=3, batch_size=8)
+        fits.append(matching)
+    assert_same_fit(*fits, t, x, c, c * offset, 1e-5)
+
+
+@pytest.mark.parametrize("c", SCALES)
+def test_data_of_any_scale_are_learned(c):
+    """The log-likelihood of a Gaussian, of known variance at each time, to a few hundredths."""
+    process, t = OrnsteinUhlenbeck(2), torch.rand(1000)
+    x = process.sample(t, 2)
+    density = GaussianMixtureMarginals(2, 1, (0.0, 1.0))
+    density.initialize(c * x)
+    fit(FokkerPlanckMatching(density, DiagonalSDE(HollowNN(2, [4]), HollowNN(2, [4]))), t, c * x, steps=200, lr=0.02)
+    truth = process.log_prob(t, x).mean() - 2 * math.log(c)
+    assert abs(density.log_prob(t, c * x).mean() - truth) < 0.05
+
+
+def test_what_is_given_to_the_equation_keeps_its_units():
+    t, x = snapshots()
+    x = 1e-3 * x
+    for diffusion in (0.5, torch.tensor([0.5, 0.5]), lambda t, x: torch.full_like(x, 0.5)):
+        sde = DiagonalSDE(lambda t, x: -3 * x, diffusion)
+        FokkerPlanckMatching(mixture(2), sde).standardize(t, x)
+        assert_close(sde.g(t, x), torch.full_like(x, 0.5), rtol=0, atol=0)
+        assert_close(sde.f(t, x), -3 * x, rtol=0, atol=0)
+    for floor in (0.7, 0.0):
+        sde = DiagonalSDE(HollowNN(2), HollowNN(2), min_diffusion=floor)
+        FokkerPlanckMatching(mixture(2), sde).standardize(t, x)
+        assert (sde.g(t, x) >= floor).all() and (sde.g(t, x) < floor + 5e-3).all()
+
+
+def test_derivatives_of_networks_in_units_of_the_data():
+    t, x = snapshots(20)
+    x = 1e-3 * x + 1.0
+    sde = networks(2)
+    sde.standardize(7 * t, x)
+    bound, plain = sde.bind(), DiagonalSDE(sde.f, sde.g).bind()
+    assert_close(bound.drift_derivatives(t, x), plain.drift_derivatives(t, x))
+    assert_close(bound.diffusion_derivatives(t, x), plain.diffusion_derivatives(t, x))
+
+
+def test_own_loop_standardises_by_one_call():
+    t, x = snapshots()
+    fits = []
+    for c in (1.0, 1e-6):
+        torch.manual_seed(2)
+        matching = FokkerPlanckMatching(GaussianMixtureMarginals(2, 3, (0.0, 1.0)), networks(2))
+        matching.standardize(t, c * x)
+        optimizer = torch.optim.Adam(matching.parameters(), lr=1e-2)
+        for _ in range(10):
+            optimizer.zero_grad()
+            matching(t, c * x).total.backward()
+            optimizer.step()
+        fits.append(matching)
+    assert_same_fit(*fits, t, x, 1e-6, 0.0, 1e-6)
+
+
+def test_units_are_set_once_and_saved():
+    t, x = snapshots()
+    matching = learned(t, 1e-3 * x + 5.0)
+    before = copy.deepcopy(matching.state_dict())
+    fit(matching, t[:50], x[:50], steps=1)
+    matching.standardize(t, 100 * x)
+    names = [name for name in before if "units" in name]
+    assert len(names) == 9
+    for name in names:
+        assert_close(matching.state_dict()[name], before[name], rtol=0, atol=0)
+    twin = FokkerPlanckMatching(GaussianMixtureMarginals(2, 3, (0.0, 1.0)), DiagonalSDE(HollowNN(2), HollowNN(2)))
+    twin.load_state_dict(matching.state_dict())
+    for other in (twin, copy.deepcopy(matching), pickle.loads(pickle.dumps(matching))):
+        assert_close(other(t, x).nll, matching(t, x).nll, rtol=0, atol=0)
+        assert_close(other.sde.f(t, x), matching.sde.f(t, x), rtol=0, atol=0)
+        assert_close(other.sde.g(t, x), matching.sde.g(t, x), rtol=0, atol=0)
+
+
+def test_units_can_be_kept_as_they_are():
+    t, x = snapshots()
+    matching = FokkerPlanckMatching(mixture(2), networks(2))
+    fit(matching, t, 1e-3 * x, steps=1, standardize=False)
+    assert not matching.density.units.is_set and not matching.sde.units.is_set
+    assert (matching.sde.units.scale == 1).all()
+
+
+def test_weight_is_in_units_of_time_unless_it_is_left_out():
+    t, x = snapshots()
+    for weight, expected in ((None, 0.01 * 25), (0.3, 0.3)):
+        matching = FokkerPlanckMatching(GaussianMixtureMarginals(2, 3, (0.0, 5.0)), networks(2), weight=weight)
+        assert matching.weight == (weight or 0.01)
+        matching.standardize(5 * (t - t.min()) / (t.max() - t.min()), x)
+        loss = matching(t, x)
+        assert_close(torch.as_tensor(matching.weight), torch.tensor(expected))
+        assert_close(loss.total, loss.nll + expected * loss.residual)
+        matching.weight = 2.0
+        assert matching.weight == 2.0
+
+
+NOT_FINITE = {
+    "t must be finite, but is nan at index (3,)": (3, None, math.nan),
+    "t must be finite, but is inf at index (0,)": (0, None, math.inf),
+    "x must be finite, but is nan at index (2, 1)": (2, 1, math.nan),
+    "x must be finite, but is -inf at index (4, 0)": (4, 0, -math.inf),
+}
+
+
+@pytest.mark.parametrize("message, case", NOT_FINITE.items(), ids=NOT_FINITE)
+def test_times_and_positions_that_are_not_finite_are_named(message, case):
+    row, column, value = case
+    t, x = torch.rand(5), torch.randn(5, 2)
+    if column is None:
+        t[row] = value
+    else:
+        x[row, column] = value
+    density, sde = mixture(2), networks(2)
+    matching = FokkerPlanckMatching(density, sde)
+    flow = FlowMarginals(conditional_hollow_cnf(2, 1), dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    calls = [
+        lambda: fokker_planck_rhs(density, sde, t, x),
+        lambda: fokker_planck_rhs(lambda t, x: -x.square().sum(-1), sde, t, x),
+        lambda: matching(t, x),
+        lambda: matching.standardize(t, x),
+        lambda: fit(matching, t, x, steps=1),
+        lambda: fit(matching, t, x, steps=1, standardize=False),
+        lambda: log_density_derivatives(density, t, x),
+        *(lambda method=method: method(t, x) for d in (density, flow) for method in (d.log_prob, d.derivatives)),
+    ]
+    if column is None:
+        calls += [lambda: density.sample(t), lambda: flow.sample(t)]
+    else:
+        calls += [lambda: density.initialize(x), lambda: sde.sample(x, [0.0, 1.0], dt=0.1)]
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(message).replace(r"x\ must", r"x0?\ must")):
+            call()
+
+
+def test_fit_says_when_there_is_nothing_to_do():
+    matching, t, x = FokkerPlanckMatching(mixture(2), networks(2)), torch.rand(5), torch.randn(5, 2)
+    cases = {
+        "steps must be at least 1, but got 0": lambda: fit(matching, t, x, steps=0),
+        "batch_size must be at least 1, but got 0": lambda: fit(matching, t, x, steps=1, batch_size=0),
+        "x must hold at least one sample": lambda: fit(matching, t[:0], x[:0], steps=1),
+        "x must be of a floating-point type, but got torch.int64": lambda: fit(matching, t, x.long(), steps=1),
+        "x must vary in every column, but column 1 is constant": lambda: fit(
+            matching, t, torch.stack([t, torch.full_like(t, 0.1)], -1), steps=1
+        ),
+        "x is torch.float32, but the module torch.float64": lambda: fit(matching, t, x.float(), steps=1),
+    }
+    for message, call in cases.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 BAD = {
     "where must be 'data', 'proposal' or 'both', but got 'grid'": {"where": "grid"},
     "weight must not be negative": {"weight": -1.0},
     "broadening must not be negative": {"broadening": -1.0},
+    "weight must not be negative and be finite, but got inf": {"weight": math.inf},
 }
 
 

@@ -210,7 +210,7 @@ def fit_transitions(times: Tensor, sde: DiagonalSDE, z: Tensor, config: Config) 
         loss = (0.5 * ((z[k + 1, path] - mean) / scale).square() + scale.log()).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(sde.parameters(), 10.0)
+        torch.nn.utils.clip_grad_norm_(sde.parameters(), 10.0, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()
 

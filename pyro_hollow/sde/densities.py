@@ -18,6 +18,7 @@ from pyro.distributions import Distribution, TransformedDistribution
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
+from pyro_hollow.nn.standardization import Standardization, check_finite
 from pyro_hollow.ops import field_derivatives, time_derivative
 
 __all__ = [
@@ -65,8 +66,9 @@ def log_density_derivatives(density: TimeDensity | LogDensity, t: Tensor, x: Ten
     :param density: a :class:`TimeDensity`, or a function of t and x with shape ``(*, d)`` that returns ``(*,)``.
     :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
     :param Tensor x: positions with shape ``(*, d)``.
-    :raises ValueError: for a function that returns another shape.
+    :raises ValueError: for t or x that is not finite, and for a function that returns another shape.
     """
+    _check_finite(t, x)
     own = getattr(density, "derivatives", None)
     if own is not None:
         return own(t, x)
@@ -75,6 +77,23 @@ def log_density_derivatives(density: TimeDensity | LogDensity, t: Tensor, x: Ten
     if value.shape != x.shape[:-1]:
         raise ValueError(f"density must return shape {tuple(x.shape[:-1])}, but returned {tuple(value.shape)}")
     return DensityDerivatives(value, time_derivative(log_prob, t, x)[1], score, curvature)
+
+
+def _check_shapes(t: Tensor, x: Tensor, dim: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != dim:
+        raise ValueError(f"x must have shape (*, {dim}), but got {tuple(x.shape)}")
+    try:
+        t.expand(x.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"t must be a scalar or broadcast to the batch shape of x, {tuple(x.shape[:-1])}, but has shape "
+            f"{tuple(t.shape)}"
+        ) from None
+
+
+def _check_finite(t: Tensor, x: Tensor) -> None:
+    check_finite("t", t)
+    check_finite("x", x)
 
 
 class _Curve(nn.Module):
@@ -120,6 +139,10 @@ class GaussianMixtureMarginals(nn.Module):
     cost two to three times the log-density alone: :math:`O(K d)` operations a sample for diagonal precisions,
     :math:`O(K d^2)` for full ones.
 
+    The parameters describe standardised x: a fixed location and scale of each coordinate, set from samples by
+    :meth:`initialize` or :meth:`standardize` and saved with the state. All that is public is in the units of x, and
+    fits of x and of :math:`c x + b` are the same fit.
+
     Example usage:
 
     >>> density = GaussianMixtureMarginals(2, num_components=4, interval=(0., 3.))
@@ -128,7 +151,7 @@ class GaussianMixtureMarginals(nn.Module):
 
     :param int input_dim: the dimension d of x.
     :param int num_components: the number K of components.
-    :param interval: the first and the last time of interest.
+    :param interval: the first and the last time of interest, both finite.
     :param str covariance: "full" or "diagonal". Diagonal ones are cheaper, and need more components for correlated x.
     :param int hidden_dim: the number of units that the functions of time share.
     :raises ValueError: for sizes that are not positive, an empty interval and an unknown covariance.
@@ -147,8 +170,8 @@ class GaussianMixtureMarginals(nn.Module):
         for name, size in (("input_dim", input_dim), ("num_components", num_components), ("hidden_dim", hidden_dim)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, but got {size}")
-        if not interval[0] < interval[1]:
-            raise ValueError(f"interval must run from a time to a later one, but got {interval}")
+        if not (interval[0] < interval[1] and math.isfinite(interval[1] - interval[0])):
+            raise ValueError(f"interval must run from a time to a later one, both finite, but got {interval}")
         if covariance not in ("full", "diagonal"):
             raise ValueError(f"covariance must be 'full' or 'diagonal', but got {covariance!r}")
         self.input_dim = input_dim
@@ -158,38 +181,52 @@ class GaussianMixtureMarginals(nn.Module):
         # Logit, means, logarithms of the diagonal of L, and what is below the diagonal.
         below = input_dim * (input_dim - 1) // 2 if covariance == "full" else 0
         self._parts = (1, input_dim, input_dim, below)
+        self.units = Standardization(torch.zeros(input_dim))
         self.curve = _Curve(num_components * sum(self._parts), hidden_dim, interval)
         with torch.no_grad():
             self.curve.bias.view(num_components, -1)[:, 1 : 1 + input_dim].normal_()
 
+    def standardize(self, t: Tensor, x: Tensor) -> None:
+        """
+        Sets location and scale to mean and standard deviation of samples, unless they have been set already.
+
+        :param Tensor t: times, which the interval standardises; not used.
+        :param Tensor x: samples with shape ``(n, d)``.
+        :raises ValueError: for another shape or type, values that are not finite and a constant column.
+        """
+        if not self.units.is_set:
+            self.units.fit("x", x)
+
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """
-        Puts the means at random samples, for all times, and makes the components as wide as the samples' standard
-        deviations over :math:`K^{1/d}`.
+        Starts anew: sets location and scale as :meth:`standardize` does, puts the means at random samples, for all
+        times, and makes the components as wide as the samples' standard deviations over :math:`K^{1/d}`.
 
         :param Tensor x: samples with shape ``(n, d)``, such as the training samples of all times.
+        :raises ValueError: for another shape or type, values that are not finite and a constant column.
         """
         k, d = self.num_components, self.input_dim
         if x.dim() != 2 or x.shape[-1] != d or len(x) < 2:
             raise ValueError(f"x must have shape (n, {d}) with n of at least 2, but got {tuple(x.shape)}")
-        spread = x.std(0)
-        if not bool((spread > 0).all()):
-            raise ValueError(f"x must vary in every column, but column {int((spread > 0).int().argmin())} is constant")
+        self.units.fit("x", x)
         bias = self.curve.bias.view(k, -1)
-        bias[:, 1 : 1 + d] = x[torch.randint(len(x), (k,))] if k > 1 else x.mean(0)
-        bias[:, 1 + d : 1 + 2 * d] = -(spread / k ** (1 / d)).log()
+        bias[:, 1 : 1 + d] = self.units(x[torch.randint(len(x), (k,))]) if k > 1 else 0.0
+        bias[:, 1 + d : 1 + 2 * d] = math.log(k) / d
 
     def log_prob(self, t: Tensor, x: Tensor) -> Tensor:
         """
         :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: positions with shape ``(*, d)``.
         :returns: the log-density with shape ``(*,)``.
+        :raises ValueError: for other shapes, and for t or x that is not finite.
         """
-        self._check(t, x)
+        _check_shapes(t, x, self.input_dim)
         logits, means, log_diagonal, lower = self._split(self.curve(t)[0])
-        z = self._transposed(log_diagonal.exp(), lower, x.unsqueeze(-2) - means)
-        return torch.logsumexp(self._joint(logits, log_diagonal, z), -1)
+        z = self._transposed(log_diagonal.exp(), lower, self.units(x).unsqueeze(-2) - means)
+        log_prob = torch.logsumexp(self._joint(logits, log_diagonal, z), -1)
+        self._check_finite(t, x, log_prob)
+        return log_prob - self.units.log_scale()
 
     def derivatives(self, t: Tensor, x: Tensor) -> DensityDerivatives:
         """
@@ -197,15 +234,17 @@ class GaussianMixtureMarginals(nn.Module):
 
         :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: positions with shape ``(*, d)``.
+        :raises ValueError: for other shapes, and for t or x that is not finite.
         """
-        self._check(t, x)
+        _check_shapes(t, x, self.input_dim)
         value, velocity = self.curve(t)
         logits, means, log_diagonal, lower = self._split(value)
         d_logits, d_means, d_log_diagonal, d_lower = self._split(velocity)
-        diagonal, offset = log_diagonal.exp(), x.unsqueeze(-2) - means
+        diagonal, offset = log_diagonal.exp(), self.units(x).unsqueeze(-2) - means
         z = self._transposed(diagonal, lower, offset)
         joint = self._joint(logits, log_diagonal, z)
         log_prob = torch.logsumexp(joint, -1)
+        self._check_finite(t, x, log_prob)
         r = (joint - log_prob.unsqueeze(-1)).exp()
 
         dz = self._transposed(diagonal * d_log_diagonal, d_lower, offset) - self._transposed(diagonal, lower, d_means)
@@ -216,7 +255,8 @@ class GaussianMixtureMarginals(nn.Module):
         score = (r.unsqueeze(-1) * scores).sum(-2)
         precision = diagonal.square() + (0 if lower is None else lower.square().sum(-1))
         curvature = (r.unsqueeze(-1) * (scores.square() - precision)).sum(-2) - score.square()
-        return DensityDerivatives(log_prob, rate, score, curvature)
+        scale = self.units.scale
+        return DensityDerivatives(log_prob - self.units.log_scale(), rate, score / scale, curvature / scale.square())
 
     @torch.no_grad()
     def sample(self, t: Tensor) -> Tensor:
@@ -225,15 +265,26 @@ class GaussianMixtureMarginals(nn.Module):
 
         :param Tensor t: times with shape ``(*,)``.
         :returns: samples with shape ``(*, d)``.
+        :raises ValueError: for t that is not finite.
         """
+        check_finite("t", t)
         logits, means, log_diagonal, lower = self._split(self.curve(t)[0])
         index = torch.distributions.Categorical(logits=logits).sample()[..., None, None]
         mean, log_diagonal = (v.take_along_dim(index, -2).squeeze(-2) for v in (means, log_diagonal))
         noise = torch.randn_like(mean)
         if lower is None:
-            return mean + noise / log_diagonal.exp()
+            return self.units.inverse(mean + noise / log_diagonal.exp())
         factor = lower.take_along_dim(index.unsqueeze(-1), -3).squeeze(-3) + torch.diag_embed(log_diagonal.exp())
-        return mean + torch.linalg.solve_triangular(factor.mT, noise.unsqueeze(-1), upper=True).squeeze(-1)
+        offset = torch.linalg.solve_triangular(factor.mT, noise.unsqueeze(-1), upper=True).squeeze(-1)
+        return self.units.inverse(mean + offset)
+
+    @staticmethod
+    def _check_finite(t: Tensor, x: Tensor, log_prob: Tensor) -> None:
+        """Looks at t and x only if the result is not finite, which takes one pass less."""
+        try:
+            check_finite("log_prob", log_prob)
+        except ValueError:
+            _check_finite(t, x)
 
     def _split(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Logits ``(*, K)``, means and logarithms of the diagonal ``(*, K, d)``, and the rest of L ``(*, K, d, d)``."""
@@ -261,17 +312,6 @@ class GaussianMixtureMarginals(nn.Module):
         normalizer = log_diagonal.sum(-1) - 0.5 * self.input_dim * math.log(2 * math.pi)
         return logits.log_softmax(-1) + normalizer - 0.5 * z.square().sum(-1)
 
-    def _check(self, t: Tensor, x: Tensor) -> None:
-        if x.dim() == 0 or x.shape[-1] != self.input_dim:
-            raise ValueError(f"x must have shape (*, {self.input_dim}), but got {tuple(x.shape)}")
-        try:
-            t.expand(x.shape[:-1])
-        except RuntimeError:
-            raise ValueError(
-                f"t must be a scalar or broadcast to the batch shape of x, {tuple(x.shape[:-1])}, but has shape "
-                f"{tuple(t.shape)}"
-            ) from None
-
 
 class FlowMarginals(nn.Module):
     r"""
@@ -282,6 +322,9 @@ class FlowMarginals(nn.Module):
     Exact to the tolerance of the flow's solver, and dear: the log-density costs a solve, its rate and its score a
     backward pass through it, and the diagonal of the Hessian d more passes, as the score of a flow is no hollow
     function. For a few dimensions, and where a mixture of Gaussians is too crude.
+
+    The flow gets standardised x and time, by a fixed affine map that :meth:`standardize` sets and that is saved with
+    the state. All that is public is in the units of t and x.
 
     Example usage:
 
@@ -300,15 +343,36 @@ class FlowMarginals(nn.Module):
         super().__init__()
         self.flow = flow
         self.base = base
+        parameter = next(flow.parameters(), torch.zeros(()))
+        self.units = Standardization(parameter.new_zeros(base.event_shape))
+        self.time_units = Standardization(parameter.new_zeros(()))
+
+    def standardize(self, t: Tensor, x: Tensor) -> None:
+        """
+        Sets the affine maps of time and x from samples, unless they have been set already or the flow has maps of its
+        own, as :func:`~pyro_hollow.transforms.standardized` makes them.
+
+        :param Tensor t: times with shape ``(n,)``.
+        :param Tensor x: samples with shape ``(n, d)``.
+        :raises ValueError: for another shape or type, values that are not finite and a constant column of x.
+        """
+        if self.units.is_set or any(isinstance(module, Standardization) for module in self.flow.modules()):
+            return
+        self.units.fit("x", x)
+        self.time_units.fit_interval("t", t)
 
     def log_prob(self, t: Tensor, x: Tensor) -> Tensor:
         """
         :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: positions with shape ``(*, d)``.
         :returns: the log-density with shape ``(*,)``.
+        :raises ValueError: for other shapes, and for t or x that is not finite.
         """
-        transform = self.flow.condition(t.to(x.dtype).expand(x.shape[:-1]).unsqueeze(-1))
-        return TransformedDistribution(self.base.expand(x.shape[:-1]), [transform]).log_prob(x)
+        _check_shapes(t, x, self.base.event_shape[-1])
+        _check_finite(t, x)
+        transform = self.flow.condition(self.time_units(t.to(x.dtype)).expand(x.shape[:-1]).unsqueeze(-1))
+        density = TransformedDistribution(self.base.expand(x.shape[:-1]), [transform])
+        return density.log_prob(self.units(x)) - self.units.log_scale()
 
     def derivatives(self, t: Tensor, x: Tensor) -> DensityDerivatives:
         """
@@ -316,7 +380,10 @@ class FlowMarginals(nn.Module):
 
         :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: positions with shape ``(*, d)``.
+        :raises ValueError: for other shapes, and for t or x that is not finite.
         """
+        _check_shapes(t, x, self.base.event_shape[-1])
+        _check_finite(t, x)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             times = t.to(x.dtype).expand(x.shape[:-1]).clone()  # each sample with a time of its own
@@ -337,5 +404,8 @@ class FlowMarginals(nn.Module):
 
         :param Tensor t: times with shape ``(*,)``.
         :returns: samples with shape ``(*, d)``.
+        :raises ValueError: for t that is not finite.
         """
-        return self.flow.condition(t.unsqueeze(-1))(self.base.expand(t.shape).sample())
+        check_finite("t", t)
+        transform = self.flow.condition(self.time_units(t).unsqueeze(-1))
+        return self.units.inverse(transform(self.base.expand(t.shape).sample()))

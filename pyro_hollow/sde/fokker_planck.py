@@ -27,14 +27,18 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pyro_hollow.nn.standardization import check_finite, location_and_scale
+
 from .densities import DensityDerivatives, LogDensity, TimeDensity, log_density_derivatives
-from .diagonal_sde import BoundSDE, DiagonalSDE
+from .diagonal_sde import BoundSDE, DiagonalSDE, _Constant
 
 __all__ = ["FokkerPlanckMatching", "MatchingLoss", "fit", "fokker_planck_rhs", "probability_flow"]
 
@@ -47,7 +51,7 @@ def _bind(sde: SDE) -> BoundSDE:
 
 def fokker_planck_rhs(density: TimeDensity | LogDensity, sde: SDE, t: Tensor, x: Tensor, form: str = "log") -> Tensor:
     r"""
-    What the Fokker-Planck equation says that a density of x changes by, where x obeys the stochastic differential
+    The right-hand side of the Fokker-Planck equation for a density of x, where x obeys the stochastic differential
     equation: :math:`\partial_t \ell` or :math:`\partial_t p`.
 
     :param density: a density with the method ``derivatives``, or a function of t and x that returns the log-density
@@ -58,7 +62,7 @@ def fokker_planck_rhs(density: TimeDensity | LogDensity, sde: SDE, t: Tensor, x:
     :param str form: "log" for the rate of the log-density, which stays informative where the density is small, or
         "density" for that of the density.
     :returns: the rate, per time, with shape ``(*,)``.
-    :raises ValueError: for another form.
+    :raises ValueError: for another form, and for t or x that is not finite.
     """
     if form not in ("log", "density"):
         raise ValueError(f"form must be 'log' or 'density', but got {form!r}")
@@ -107,7 +111,7 @@ class MatchingLoss(NamedTuple):
     """
     The value of the objective and its parts, each a scalar.
 
-    :ivar total: nll + weight * residual.
+    :ivar total: nll + weight * residual, with the weight of the objective.
     :ivar nll: the negative mean log-density of the data.
     :ivar residual: the mean squared residual of the Fokker-Planck equation, per time squared.
     """
@@ -143,22 +147,31 @@ class FokkerPlanckMatching(nn.Module):
     root of the span of time is a fair convention. With noise the drift pulls towards p; with much of it the drift is
     mostly score, and harder to learn.
 
+    The scale and the origin of x and t do not matter: density and equation are learned in standard units, which
+    :func:`fit` or, before a loop of your own, one call of :meth:`standardize` sets from the data. Then a fit of
+    :math:`c x + b` is that of x: the log-density differs by :math:`d \log c`, and drift and diffusion by c. (The
+    same seed gives the same fit up to rounding, as far as the data themselves have kept their digits.) Functions,
+    modules and constants that you give to the equation, ``min_diffusion`` and ``weight`` are in the units of the data.
+
     Example usage:
 
     >>> density = GaussianMixtureMarginals(2, num_components=4, interval=(0., 1.))
     >>> matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(2), HollowNN(2), min_diffusion=0.5))
-    >>> matching(torch.rand(100), torch.randn(100, 2)).total.backward()
+    >>> t, x = torch.rand(100), torch.randn(100, 2)
+    >>> matching.standardize(t, x)
+    >>> matching(t, x).total.backward()
 
     :param density: a module with the methods ``log_prob``, ``derivatives`` and, for a proposal, ``sample``, such as
         :class:`~pyro_hollow.sde.GaussianMixtureMarginals`.
     :param sde: the stochastic differential equation.
-    :param float weight: :math:`\lambda`, in units of time squared. It matters to the density: a large one bends it
-        towards what is easy to match. The equation is in the residual alone, whose scale Adam does not see (but
-        the clipping of :func:`fit` does), so a small one hardly slows it down; it learns what is noise in the density,
-        too.
+    :param float weight: :math:`\lambda`, in units of time squared; None for a hundredth of the squared span of the
+        times that :meth:`standardize` has seen. It matters to the density: a large one bends it towards an equation
+        that is easy to match. The equation is in the residual alone, whose scale Adam does not see (but the clipping of
+        :func:`fit` does), so a small one hardly slows it down, and 0 trains the density alone; it learns the noise of
+        the density, too.
     :param str where: "data", "proposal" or "both".
     :param float broadening: the standard deviation of the proposal's noise, in standard deviations of the batch.
-    :raises ValueError: for a weight or broadening that is negative and an unknown place.
+    :raises ValueError: for a weight or broadening that is negative or infinite and an unknown place.
     """
 
     def __init__(
@@ -166,7 +179,7 @@ class FokkerPlanckMatching(nn.Module):
         density: nn.Module,
         sde: DiagonalSDE,
         *,
-        weight: float = 0.01,
+        weight: float | None = None,
         where: str = "both",
         broadening: float = 0.1,
     ) -> None:
@@ -174,22 +187,46 @@ class FokkerPlanckMatching(nn.Module):
         if where not in ("data", "proposal", "both"):
             raise ValueError(f"where must be 'data', 'proposal' or 'both', but got {where!r}")
         for name, value in (("weight", weight), ("broadening", broadening)):
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, but got {value}")
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must not be negative and be finite, but got {value}")
         self.density: Any = density  # nn.Module would hide the types of the methods
         self.sde: DiagonalSDE = sde
-        self.weight = weight
+        self._weight = weight
         self.where = where
         self.broadening = broadening
+
+    @property
+    def weight(self) -> float | Tensor:
+        """The weight of the residual; assign None for the default."""
+        return 0.01 * self.sde.time_units.scale.square() if self._weight is None else self._weight
+
+    @weight.setter
+    def weight(self, value: float | None) -> None:
+        self._weight = value
+
+    def standardize(self, t: Tensor, x: Tensor) -> None:
+        """
+        Sets the units of density and equation from the data, unless they have been set already.
+
+        :param Tensor t: the times of the samples, with shape ``(n,)``.
+        :param Tensor x: the samples with shape ``(n, d)``.
+        :raises ValueError: for other shapes or types, values that are not finite and a constant column of x.
+        """
+        _check_shapes(t, x)
+        _check_finite(t, x)
+        for part in (self.density, self.sde):
+            if hasattr(part, "standardize"):  # a density of the user's need not have it
+                part.standardize(t, x)
 
     def forward(self, t: Tensor, x: Tensor) -> MatchingLoss:
         """
         :param Tensor t: the times of the samples, with shape ``(n,)``.
         :param Tensor x: the samples with shape ``(n, d)``.
-        :raises ValueError: for other shapes.
+        :raises ValueError: for other shapes, no samples, integers, and for t or x that is not finite.
         """
-        if x.dim() != 2 or t.shape != x.shape[:1]:
-            raise ValueError(f"t and x must have shapes (n,) and (n, d), but got {tuple(t.shape)} and {tuple(x.shape)}")
+        _check_shapes(t, x)
+        check_finite("t", t)  # before times are proposed
+        given = x
         t = t.to(x.dtype)
         n, places = len(x), [(t, x)]
         if self.where != "data":
@@ -201,7 +238,10 @@ class FokkerPlanckMatching(nn.Module):
         if self.where != "proposal":
             nll = -at.log_prob[:n].mean()
         residual = (at.rate - _log_rhs(at, self.sde.bind(), t, x)).square().mean()
-        return MatchingLoss(nll + self.weight * residual, nll, residual)
+        total = nll + self.weight * residual
+        if not math.isfinite(total.item()):
+            check_finite("x", given)  # after all else, as most densities look for themselves
+        return MatchingLoss(total, nll, residual)
 
     @torch.no_grad()
     def _propose(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,6 +249,20 @@ class FokkerPlanckMatching(nn.Module):
         times = start + (end - start) * torch.rand_like(t)
         points = self.density.sample(times)
         return times, points + self.broadening * x.std(0, correction=0) * torch.randn_like(points)
+
+
+def _check_shapes(t: Tensor, x: Tensor) -> None:
+    if x.dim() != 2 or t.shape != x.shape[:1]:
+        raise ValueError(f"t and x must have shapes (n,) and (n, d), but got {tuple(t.shape)} and {tuple(x.shape)}")
+    if not x.numel():
+        raise ValueError(f"x must hold at least one sample, but has shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of a floating-point type, but got {x.dtype}; convert it with .float()")
+
+
+def _check_finite(t: Tensor, x: Tensor) -> None:
+    check_finite("t", t)
+    check_finite("x", x)
 
 
 def fit(
@@ -219,35 +273,63 @@ def fit(
     steps: int,
     batch_size: int = 256,
     lr: float = 1e-2,
+    standardize: bool = True,
     progress: Callable[[int, MatchingLoss], None] | None = None,
 ) -> None:
     """
-    Trains by Adam on random batches, with clipped gradients and a learning rate that falls along half a cosine. To
-    train otherwise, minimise the objective's ``total`` with an optimiser of your own.
+    Trains by Adam on random batches, with clipped gradients and a learning rate that falls along half a cosine, in
+    standard units. To train otherwise, call ``matching.standardize(t, x)`` and minimise the objective's ``total`` with
+    an optimiser of your own.
 
     :param matching: the objective, whose density and equation are trained.
     :param Tensor t: the times of the samples, with shape ``(n,)``.
     :param Tensor x: the samples with shape ``(n, d)``.
-    :param int steps: the number of steps.
-    :param int batch_size: the samples of a step.
-    :param float lr: the learning rate at the start.
+    :param int steps: the number of steps, at least 1.
+    :param int batch_size: the samples of a step, at least 1.
+    :param float lr: the learning rate at the start. A constant diffusion that is learned is in standard units
+        meanwhile.
+    :param bool standardize: False to keep the units as they are, for networks that were trained without; see
+        :meth:`FokkerPlanckMatching.standardize`, which keeps units that have been set already in any case.
     :param progress: called after each step with its number, from 1, and the loss before it.
-    :raises ArithmeticError: if the loss is not finite.
-    :raises ValueError: if t and x differ in length.
+    :raises ArithmeticError: if the loss or the norm of its gradient is not finite; that step changes no parameter.
+    :raises ValueError: for other shapes, numbers or types, values that are not finite and a constant column of x.
     """
-    if len(t) != len(x):
-        raise ValueError(f"t and x must hold as many samples, but got {len(t)} and {len(x)}")
-    optimizer = torch.optim.Adam(matching.parameters(), lr=lr)
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, but got {value}")
+    _check_shapes(t, x)
+    _check_finite(t, x)
+    if standardize:
+        matching.standardize(t, x)
+    optimizer = torch.optim.Adam(matching.parameters(), lr=lr, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(1, steps + 1):
-        index = torch.randint(len(x), (batch_size,), device=x.device)
-        loss = matching(t[index], x[index])
-        if not bool(torch.isfinite(loss.total)):
-            raise ArithmeticError(f"the loss is {loss.total.item()} in step {step}; a smaller lr than {lr} may help")
-        optimizer.zero_grad()
-        loss.total.backward()
-        torch.nn.utils.clip_grad_norm_(matching.parameters(), 10.0)
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(step, MatchingLoss(*(value.detach() for value in loss)))
+    with _constant_in_units(matching.sde.diffusion, t, x) if standardize else nullcontext():
+        for step in range(1, steps + 1):
+            index = torch.randint(len(x), (batch_size,), device=x.device)
+            loss = matching(t[index], x[index])
+            _stop_unless_finite("loss", loss.total, step, lr)
+            optimizer.zero_grad()
+            loss.total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(matching.parameters(), 10.0)
+            _stop_unless_finite("norm of the gradient", norm, step, lr)
+            optimizer.step()
+            schedule.step()
+            if progress is not None:
+                progress(step, MatchingLoss(*(value.detach() for value in loss)))
+
+
+def _constant_in_units(diffusion: Any, t: Tensor, x: Tensor) -> AbstractContextManager[None]:
+    """Keeps a constant diffusion that is learned in standard units meanwhile."""
+    if not (isinstance(diffusion, _Constant) and diffusion.value.requires_grad):
+        return nullcontext()
+    scale = location_and_scale("x", x, allow_constant=True)[1]
+    span = float(t.max() - t.min()) or 1.0
+    return diffusion.in_units(scale / math.sqrt(span))
+
+
+def _stop_unless_finite(name: str, value: Tensor, step: int, lr: float) -> None:
+    if not math.isfinite(number := value.item()):
+        raise ArithmeticError(
+            f"the {name} is {number} in step {step}; a smaller lr than {lr} may help, or from the first step on a "
+            "diffusion or a drift of smaller size. The step has changed no parameter"
+        )

@@ -22,6 +22,12 @@ from .hollow_cnf import (
     hollow_cnf,
 )
 from .low_rank import ConditionalLowRankLinear, ConditionedLowRankLinear, conditional_low_rank_linear
+from .standardize import (
+    ConditionalStandardizedFlow,
+    ConditionedStandardizedFlow,
+    StandardizedFlow,
+    standardized,
+)
 from .sylvester import ConditionalSylvester, ConditionedSylvester, conditional_sylvester
 
 __all__ = [
@@ -29,21 +35,25 @@ __all__ = [
     "ConditionalFreeFormCNF",
     "ConditionalHollowCNF",
     "ConditionalLowRankLinear",
+    "ConditionalStandardizedFlow",
     "ConditionalSylvester",
     "ConditionedCNF",
     "ConditionedFreeFormCNF",
     "ConditionedHollowCNF",
     "ConditionedLowRankLinear",
+    "ConditionedStandardizedFlow",
     "ConditionedSylvester",
     "FreeFormCNF",
     "FreeFormNN",
     "HollowCNF",
     "LowRankFreeFormNN",
     "Regularization",
+    "StandardizedFlow",
     "conditional_free_form_cnf",
     "conditional_hollow_cnf",
     "conditional_low_rank_linear",
     "conditional_sylvester",
     "free_form_cnf",
     "hollow_cnf",
+    "standardized",
 ]

@@ -165,6 +165,8 @@ class HollowCNF(ConditionedHollowCNF, TransformModule):
     The inverse is computed by integrating the same differential equation backward in time, to solver tolerance; it
     costs the same as the forward operation. The log-determinant comes with either, at no further cost.
 
+    To fit data whose scale is not near 1, make the flow one of :func:`~pyro_hollow.transforms.standardized` data.
+
     :param nn: the network of the vector field.
     :type nn: HollowNN
     :param solver: how to integrate; None for ``Solver()``, which is "dopri5" at tolerances of 1e-5.
@@ -226,6 +228,9 @@ class ConditionalHollowCNF(ConditionalCNF):
 
     The inverse is computed by integrating the same differential equation backward in time, to solver tolerance; it
     costs the same as the forward operation.
+
+    To fit data, or with a context, whose scale is not near 1, make the flow one of
+    :func:`~pyro_hollow.transforms.standardized` data and context.
 
     :param nn: the network of the vector field.
     :type nn: ConditionalHollowNN
