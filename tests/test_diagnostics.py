@@ -335,7 +335,7 @@ def test_weights_are_smoothed():
     result = diagnose(location, normal_guide(ratio=0.6), X)
     log_weights, khat = arviz.psislw(result.log_weights.numpy())
     assert_close(result.weights, torch.from_numpy(log_weights).exp())
-    assert result.khat == khat
+    assert result.khat == pytest.approx(float(khat))
     assert result.weights.max() < 0.999 * result.log_weights.softmax(0).max()
 
 
@@ -605,9 +605,9 @@ def test_float32():
 @pytest.mark.parametrize(
     "ratio, num_samples, advice",
     [
-        (1.5, 4000, "importance-corrected draws can be trusted."),
-        (0.3, 4000, "above 0.70, neither the guide nor its correction can be trusted; train longer, use a richer"),
-        (0.3, 100, "above 0.50, neither"),
+        (1.5, 4000, "importance-corrected draws can be trusted where the guide has draws; modes without any were not"),
+        (0.3, 4000, "neither the guide nor its correction can be trusted: weights larger than those drawn may hold"),
+        (0.1, 100, "neither the guide nor its correction can be trusted: the effective sample size is below 50"),
     ],
 )
 def test_text(ratio, num_samples, advice):
@@ -616,8 +616,9 @@ def test_text(ratio, num_samples, advice):
     assert lines[0].split()[1] == f"{result.elbo:.3f}"
     assert lines[1].split()[2] == f"{result.iw_bound:.3f}"
     assert lines[2] == f"Effective sample size      {result.ess:.0f} of {num_samples}"
-    assert lines[3].startswith(f"k-hat {result.khat:.2f}: {advice}")
-    assert len(repr(result)) < 300
+    assert lines[3].startswith(f"k-hat {result.khat:.2f}, unseen weight {result.unseen:.1%}: {advice}")
+    assert result.reliable is (ratio == 1.5)
+    assert len(repr(result)) < 400
 
 
 # Errors

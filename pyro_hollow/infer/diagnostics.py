@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -21,8 +19,10 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
+from pyro_hollow.infer.importance import faults, smooth
 from pyro_hollow.infer.inference_data import check_names, import_arviz, inference_data
 from pyro_hollow.infer.log_joint import log_density
+from pyro_hollow.infer.modes import LogJoint, MissedModes, find_missed_modes
 from pyro_hollow.infer.particles import check_independence, check_observed, explained
 from pyro_hollow.infer.plates import plates, subsampled
 from pyro_hollow.infer.predictions import PARTICLES, Predictions
@@ -40,10 +40,12 @@ class GuideDiagnostics:
     r"""
     What :func:`diagnose` finds out; ``print`` it for a summary that ends with advice.
 
-    The k-hat says how far to trust the rest: it is the shape of a generalized Pareto distribution fitted to the largest
-    weights, of which only moments of orders below 1 / k exist. Below 0.5 the guide is close to the posterior; up to 0.7
-    (1 - 1 / log10(num_samples) if that is less) the corrected draws are still good, beyond it neither they nor the
-    guide are. It judges the guide where the guide samples: of a mode that has no draws it knows nothing.
+    :attr:`reliable` says whether the corrected draws can be trusted, which needs an effective sample size of at least
+    100, and weights larger than those drawn that hold at most 3.5 % of the total (:attr:`unseen`); with few samples
+    less is asked. The k-hat is the shape of a generalized Pareto distribution fitted to the largest weights, of which
+    only moments of orders below 1 / k exist. Alone it is no verdict: it may exceed 1 where the guide is close to the
+    posterior, for a tail that hardly matters. The weights judge the guide where it samples. Of a mode without draws
+    they know nothing; ``restarts`` looks for such modes.
 
     :ivar float elbo: the evidence lower bound, the mean of the log weights; -inf if one of them is.
     :ivar float elbo_error: its standard error; nan if it is -inf.
@@ -61,6 +63,12 @@ class GuideDiagnostics:
         their log weights (group "sample_stats"), the data and predictions that ArviZ works with (groups
         "observed_data", "log_likelihood" and "posterior_predictive"), and all the guide's own draws (group "guide") to
         compare them with. Since ArviZ 1 it is an ``xarray.DataTree`` with the same groups.
+    :ivar float unseen: the share of the total weight that the fitted tail expects beyond the weights drawn, for a k of
+        at most 0.7; 1 if no tail could be fitted.
+    :ivar int restarts: how many searches for missed modes were started.
+    :ivar int num_modes: how many modes they found, those of the guide included.
+    :ivar list missed_modes: the modes with almost no draws, largest first, as values of the latent sites.
+    :ivar float missed_mass: their share of the posterior, by Laplace's approximation.
     """
 
     elbo: float
@@ -73,21 +81,52 @@ class GuideDiagnostics:
     log_weights: Tensor = field(repr=False)
     weights: Tensor = field(repr=False)
     posterior: InferenceData = field(repr=False)
+    unseen: float
+    restarts: int = 0
+    num_modes: int = 0
+    missed_modes: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
+    missed_mass: float = 0.0
+
+    @property
+    def impossible(self) -> float:
+        """The share of the guide's samples that have no density under the model."""
+        return self.log_weights.isneginf().double().mean().item()
+
+    @property
+    def reliable(self) -> bool:
+        """True if the corrected draws can be trusted, and no mode is known to be missed."""
+        return not self.missed_modes and not faults(self.ess, self.unseen, self.num_samples)
+
+    @property
+    def verdict(self) -> str:
+        """The advice in words: what can be trusted, the reasons why not, and what is not known."""
+        reasons = faults(self.ess, self.unseen, self.num_samples)
+        if self.missed_modes:
+            reasons.append(
+                f"the guide has almost no draws near {len(self.missed_modes)} of {self.num_modes} modes, which hold "
+                f"about {self.missed_mass:.0%} of the posterior"
+            )
+        if reasons:
+            return (
+                f"neither the guide nor its correction can be trusted: {'; '.join(reasons)}. Train longer, use a "
+                "richer guide, or NUTS."
+            )
+        if not self.restarts:
+            unknown = "modes without any were not looked for (restarts=64 would)"
+        elif not self.num_modes:
+            unknown = f"{self.restarts} restarts found no mode at all, and say nothing of those without any"
+        else:
+            unknown = f"{self.restarts} restarts found {self.num_modes} mode(s), all with draws"
+        return f"importance-corrected draws can be trusted where the guide has draws; {unknown}."
 
     def __str__(self) -> str:
-        limit = min(1 - 1 / math.log10(self.num_samples), 0.7)
-        if self.khat < limit:
-            advice = "importance-corrected draws can be trusted."
-        else:
-            advice = (
-                f"above {limit:.2f}, neither the guide nor its correction can be trusted; train longer, use a richer "
-                "guide, or NUTS."
-            )
+        impossible = f"Impossible samples         {self.impossible:.1%}\n" if self.impossible else ""
         return (
             f"ELBO                       {self.elbo:.3f} +- {self.elbo_error:.3f}\n"
             f"Importance-weighted bound  {self.iw_bound:.3f} +- {self.iw_bound_error:.3f}\n"
             f"Effective sample size      {self.ess:.0f} of {self.num_samples}\n"
-            f"k-hat {self.khat:.2f}: {advice}"
+            f"{impossible}"
+            f"k-hat {self.khat:.2f}, unseen weight {self.unseen:.1%}: {self.verdict}"
         )
 
 
@@ -102,6 +141,7 @@ def diagnose(
     vectorize: bool = True,
     log_likelihood: bool = True,
     posterior_predictive: bool = True,
+    restarts: int = 0,
     **kwargs: Any,
 ) -> GuideDiagnostics:
     r"""
@@ -152,11 +192,15 @@ def diagnose(
     :param bool log_likelihood: False to leave out this group. One of more than 2 GiB is left out with a warning.
     :param bool posterior_predictive: False to leave out this group. One of more than 2 GiB, or of a model that cannot
         sample its observed sites, is left out with a warning.
+    :param int restarts: how many searches for missed modes to start away from the guide, 64 say, for
+        :attr:`GuideDiagnostics.missed_modes`; see :func:`~pyro_hollow.infer.modes.find_missed_modes`. Each climbs the
+        log joint density, all at once, in at most some hundred evaluations of its gradient. Defaults to none.
     :param kwargs: keyword arguments of both; give those of the names above by position.
     :raises ValueError: for settings out of range, subsampled plates, observed values that are not finite, latents that
         the guide does not sample (and that are not marked for enumeration) or to which it gives a single value, sites
         that are named as a dimension of ArviZ ("chain", "draw", "<site>_dim_0"), models that mix samples or cannot be
-        run in a further plate, densities that are nan, and if no sample has a positive density.
+        run in a further plate, densities that are nan, if no sample has a positive density, and for restarts with
+        discrete latents, or where the model allows no further plate or second derivatives.
     :raises ImportError: without ArviZ.
 
     References:
@@ -167,12 +211,12 @@ def diagnose(
     [2] Aki Vehtari, Daniel Simpson, Andrew Gelman, Yuling Yao, Jonah Gabry. Pareto Smoothed Importance Sampling.
     [arXiv:1507.02646]
     """
-    arviz = import_arviz()
+    import_arviz()  # before long work
     num_draws = num_samples if num_draws is None else num_draws
     batch_size = num_samples if batch_size is None else batch_size
-    settings = {"num_samples": num_samples, "num_draws": num_draws, "batch_size": batch_size}
+    settings = {"num_samples": num_samples, "num_draws": num_draws, "batch_size": batch_size, "restarts": restarts}
     for name, value in settings.items():
-        least = _MIN_SAMPLES if name == "num_samples" else 1
+        least = {"num_samples": _MIN_SAMPLES, "restarts": 0}.get(name, 1)
         if value < least:
             raise ValueError(f"{name} must be at least {least}, but got {value}")
     with torch.no_grad():
@@ -180,8 +224,13 @@ def diagnose(
         log_weights, samples = pair.sample(num_samples, batch_size if vectorize else None)
     if log_weights.max() == -math.inf:
         raise ValueError(f"none of the {num_samples} samples of the guide has a positive density under the model")
-    khat, weights = _smooth(arviz, log_weights)
-    summary = _summarise(log_weights, weights) | {"khat": khat}
+    smoothed = smooth(log_weights)
+    weights = smoothed.weights
+    summary = _summarise(log_weights, weights) | {"khat": smoothed.khat}
+    modes = MissedModes(0, [], 0.0)
+    if restarts:
+        log_joint = LogJoint(model, args, kwargs, pair.max_plate_nesting, pair.prototypes)
+        modes = find_missed_modes(log_joint, samples, weights, summary["iw_bound"], restarts)
     chosen = _resample(weights, num_draws)
     draws = {name: values[chosen] for name, values in samples.items()}
     groups = {"posterior": draws, "sample_stats": {"log_weight": log_weights[chosen]}, "guide": samples}
@@ -193,7 +242,16 @@ def diagnose(
     groups |= {name: group for name, group in predictions.items() if group}
     posterior = inference_data(groups, summary)
     return GuideDiagnostics(
-        **summary, num_samples=num_samples, log_weights=log_weights, weights=weights, posterior=posterior
+        **summary,
+        num_samples=num_samples,
+        log_weights=log_weights,
+        weights=weights,
+        posterior=posterior,
+        unseen=smoothed.unseen,
+        restarts=restarts,
+        num_modes=modes.num_found,
+        missed_modes=modes.values,
+        missed_mass=modes.mass,
     )
 
 
@@ -322,27 +380,6 @@ def _plate_nesting(trace: poutine.Trace, owner: str) -> int:
 
 def _shapes(values: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in values.items()}
-
-
-def _psislw(arviz: Any, log_weights: np.ndarray) -> tuple[np.ndarray, Any]:
-    if hasattr(arviz, "psislw"):
-        return arviz.psislw(log_weights)
-    # Since ArviZ 1 it takes log-likelihoods, whose negative values are the log weights of leave-one-out.
-    return importlib.import_module("arviz_stats.base").array_stats.psislw(-log_weights)
-
-
-def _smooth(arviz: Any, log_weights: Tensor) -> tuple[float, Tensor]:
-    """The k-hat and the normalised smoothed weights."""
-    size = len(log_weights)
-    largest = log_weights.topk(math.ceil(min(size / 5, 3 * size**0.5)) + 1).values
-    if largest[0] - largest[-1] < 1e-3:
-        # ArviZ would return inf for equal weights, and any number for those that differ by rounding.
-        return 0.0, log_weights.softmax(0)
-    with np.errstate(all="ignore"):  # the fit overflows, or fails, where weights of the tail are equal
-        log_smoothed, khat = _psislw(arviz, log_weights.numpy())
-    if np.isnan(khat) or np.isnan(log_smoothed).any():
-        return math.inf, log_weights.softmax(0)
-    return float(khat), torch.from_numpy(log_smoothed).exp()
 
 
 def _resample(weights: Tensor, num_draws: int) -> Tensor:
