@@ -153,6 +153,24 @@ class Solver:
         if self.method in IMPLICIT_METHODS:
             implicit.check_options(self.method, self.options)
 
+    @classmethod
+    def of(cls, solver: Solver | str) -> Solver:
+        """
+        Returns a solver as it is, and makes one with the default settings of a method's name.
+
+        :param solver: a solver, or the name of a method in :data:`METHODS`.
+        :raises TypeError: for anything else.
+        :raises ValueError: for a name that is not a method's.
+        """
+        if isinstance(solver, cls):
+            return solver
+        if isinstance(solver, str):
+            return cls(solver)
+        raise TypeError(
+            "solver must be a Solver or a method's name, for example Solver('dopri5', rtol=1e-6) or 'dopri5', but got "
+            f"{solver!r}"
+        )
+
     @property
     def adaptive(self) -> bool:
         """Whether the method chooses its steps by itself."""
