@@ -665,3 +665,20 @@ def test_default_device_does_not_matter():
     with torch.device("meta"):
         state = Solver().integrate(lambda t, y: -y, torch.ones(1, 1, device="cpu"), 0.0, 1.0).state
     torch.testing.assert_close(state, torch.exp(torch.tensor([[-1.0]])), rtol=1e-4, atol=0.0)
+
+
+def test_a_solver_is_returned_as_it_is_and_made_of_a_name() -> None:
+    solver = Solver("rk4", options={"step_size": 0.1})
+    assert Solver.of(solver) is solver
+    assert Solver.of("bosh3") == Solver("bosh3")
+
+
+@pytest.mark.parametrize("value", [None, 1e-5, Solver, {"method": "rk4"}], ids=["none", "float", "class", "dict"])
+def test_what_is_not_a_solver_is_refused_by_name(value: object) -> None:
+    with pytest.raises(TypeError, match="solver must be a Solver or a method's name.*'dopri5', but got"):
+        Solver.of(value)  # type: ignore[arg-type]
+
+
+def test_an_unknown_name_of_a_solver_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="method must be one of .*'dopri5'.*but got 'dopri'"):
+        Solver.of("dopri")

@@ -156,16 +156,20 @@ class Solver:
     @classmethod
     def of(cls, solver: Solver | str) -> Solver:
         """
-        The solver itself, or the one of a method with its default settings.
+        Returns a solver as it is, and makes one with the default settings of a method's name.
 
         :param solver: a solver, or the name of a method in :data:`METHODS`.
         :raises TypeError: for anything else.
+        :raises ValueError: for a name that is not a method's.
         """
+        if isinstance(solver, cls):
+            return solver
         if isinstance(solver, str):
             return cls(solver)
-        if not isinstance(solver, cls):
-            raise TypeError(f"solver must be a Solver or the name of a method, as 'dopri5', but got {solver!r}")
-        return solver
+        raise TypeError(
+            "solver must be a Solver or a method's name, for example Solver('dopri5', rtol=1e-6) or 'dopri5', but got "
+            f"{solver!r}"
+        )
 
     @property
     def adaptive(self) -> bool:
