@@ -94,7 +94,12 @@ class AutoHollowCNF(AutoContinuous):
         guide.append(AutoHollowCNF(poutine.block(model, hide=["z"])))
         guide.append(local_guide)
 
-    :class:`~pyro.infer.JitTrace_ELBO` works with none of Pyro's guides that hold a flow, nor with this one.
+    :class:`~pyro.infer.JitTrace_ELBO` is refused. A trained guide with a solver of fixed step can be exported by
+    ``torch.jit.trace_module(guide.requires_grad_(False), {"call": args})``.
+
+    Elements of latents that the model masks, and on which nothing in it depends, are no part of the joint density: they
+    are sampled from the prior. Steps in which a gradient is not finite change no parameter of the guide, with one
+    warning. The first step with vectorised particles checks that the model keeps them apart.
 
     :param callable model: a Pyro model with continuous latents.
     :param hidden_dims: widths of the conditioner's layers; see :class:`~pyro_hollow.nn.HollowNN`.
@@ -136,8 +141,9 @@ class AutoHollowCNF(AutoContinuous):
         "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
         conditioner (unless it is your own) and the transformer's. ``activation="tanh"`` fits several separate modes
         better. With "silu" and ``max_rate=None`` the flow need not exist far from the posterior.
-    :raises ValueError: for arguments out of range, when a state for another number of latents or with other settings is
-        loaded, and on the first call for overdispersion with subsampled data.
+    :raises ValueError: for arguments out of range, when a state of another model or with other settings is loaded, and
+        on the first call for overdispersion with subsampled data, observed values that are not finite, improper priors
+        without data, and a model that mixes vectorised particles.
     :raises NotImplementedError: on the first call, for local latents in a subsampled plate.
     :raises RuntimeError: on the first call, for compile=True without a C compiler.
     """
@@ -458,6 +464,12 @@ class AutoHollowCNF(AutoContinuous):
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Samples an encoded latent."""
+        if torch.jit.is_tracing() and self.affine.requires_grad:
+            raise RuntimeError(
+                "a guide that learns cannot be traced, as JitTrace_ELBO would: use Trace_ELBO, and compile=True for "
+                "speed. To export a trained guide with torch.jit.trace_module, take a solver of fixed step, call "
+                "guide.requires_grad_(False), and trace its method 'call'"
+            )
         if self._stretching is not None and self._stretching.excess.data_ptr() != self.progress[1].data_ptr():
             self.progress[1] = self._stretching.excess  # a copy, or a guide that was moved
             self._stretching.excess = self.progress[1]
@@ -517,7 +529,8 @@ class AutoHollowCNF(AutoContinuous):
 
     def _warms_up(self) -> bool:
         """True if the flows sit this call out; only while they are the identity, so that no result depends on it."""
-        if not (self.training and torch.is_grad_enabled() and self.progress[0] < self._warm_up):
+        learns = self.training and torch.is_grad_enabled() and not torch.jit.is_tracing()
+        if not (learns and self.progress[0] < self._warm_up):
             return False
         # Not as an attribute, which would show their parameters to the optimizer.
         fresh = all(flow.nn.transformer.is_zero() for flow in self._modules["flows"])
