@@ -23,7 +23,7 @@ from pyro_hollow import AutoHollowCNF, Solver, diagnose
 
 COARSE = Solver("rk4", options={"step_size": 0.5})
 KEEP = torch.tensor([True, True, False])
-Y = torch.tensor([1.0, 2.0, 0.0])
+Y = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
 BULK = Trace_ELBO(num_particles=16, vectorize_particles=True)
 
 
@@ -351,8 +351,11 @@ def test_a_step_without_a_finite_gradient_changes_no_parameter(bad, settings):
     factor = 1.0
 
     def model():
-        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.factor("factor", factor * z.sum(-1))
+        z = pyro.sample("z", dist.Normal(torch.ones(2), 1.0).to_event(1))
+        y = z.square()
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient * factor)
+        pyro.factor("factor", -y.sum(-1))
 
     guide = small(model, **settings)
     svi = SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
@@ -399,9 +402,7 @@ PRIORS = {
     "wide": lambda: dist.Normal(0.0, 1e3),
     "far": lambda: dist.Normal(1e4, 1.0),
     "log-normal": lambda: dist.LogNormal(0.0, 20.0),
-    "mixture": lambda: dist.MixtureSameFamily(
-        dist.Categorical(torch.tensor([0.9, 0.1])), dist.Normal(torch.tensor([0.0, 0.0]), torch.tensor([1e-2, 1e2]))
-    ),
+    "no moments": lambda: dist.StudentT(0.2),
 }
 
 
@@ -448,7 +449,7 @@ def test_seeds():
     x1, x2 = torch.tensor([0.0] * 11 + [1.0] * 10), torch.tensor([0.0] * 5 + [1.0] * 6 + [0.0] * 5 + [1.0] * 5)
 
     def model():
-        a = [pyro.sample(f"a{i}", dist.Normal(0.0, 1000.0)) for i in range(4)]
+        a = [pyro.sample(f"a{i}", dist.Normal(0.0, 10.0)) for i in range(4)]
         tau = pyro.sample("tau", dist.Gamma(0.01, 0.01))
         with pyro.plate("plates", 21):
             b = pyro.sample("b", dist.Normal(0.0, tau**-0.5))
@@ -457,8 +458,8 @@ def test_seeds():
     guide = AutoHollowCNF(model, path_gradient=True)
     train(model, guide, 1500, lr=0.01, elbo=Trace_ELBO(num_particles=32, vectorize_particles=True))
     result = diagnose(model, guide, log_likelihood=False, posterior_predictive=False)
-    print(result)
-    assert result.elbo > -73.7
+    assert result.elbo == pytest.approx(-73.42, abs=0.03)
+    assert result.iw_bound == pytest.approx(-73.409, abs=0.02)
 
 
 # Errors at the right time, before the first call and in other programs
