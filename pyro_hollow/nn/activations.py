@@ -90,7 +90,8 @@ class _LogisticWithSlope(torch.autograd.Function):
 
 
 def _logistic(z: Tensor, order: int) -> list[Tensor]:
-    if order == 1 and z.requires_grad:
+    # torch.compile cannot trace a function with a jvp, and fuses the plain formula by itself.
+    if order == 1 and z.requires_grad and not torch.compiler.is_compiling():
         return list(_LogisticWithSlope.apply(z))
     u = torch.sigmoid(z)
     values = [u]

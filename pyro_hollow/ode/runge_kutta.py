@@ -20,7 +20,20 @@ from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 import torch
 from torch import Tensor
 
-__all__ = ["TABLEAUS", "Path", "Tableau", "Tape", "Taped", "adaptive", "fixed", "solve"]
+__all__ = [
+    "TABLEAUS",
+    "Path",
+    "PlainTape",
+    "Tableau",
+    "Tape",
+    "Taped",
+    "adaptive",
+    "fixed",
+    "is_batched",
+    "is_functional",
+    "is_transformed",
+    "solve",
+]
 
 
 @dataclass(frozen=True)
@@ -187,11 +200,61 @@ March = Callable[[Tape, Tensor, bool], Path]
 
 def is_transformed() -> bool:
     """Whether operations are traced, or differentiated by other means than a backward pass."""
-    return (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return torch.jit.is_tracing() or is_functional()
+
+
+def is_functional() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap has hidden a dimension of a tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+class PlainTape:
+    """
+    Evaluates the dynamics of a pair (state, integral) by operations that every transform of torch.func knows, and
+    leaves the gradients to the transform.
+
+    :param dynamics: maps a scalar time and the pair to its time derivative.
+    :param batch_shape: the batch shape ``(*,)`` of the states.
+    """
+
+    def __init__(self, dynamics: Callable[[Tensor, Any], Any], batch_shape: torch.Size) -> None:
+        self._dynamics = dynamics
+        self._batch_shape = batch_shape
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``(*, d)`` to ``(d, batch)``."""
+        return x.reshape(-1, x.shape[-1]).mT
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """``(d, batch)`` to ``(*, d)``."""
+        return x.mT.reshape(*self._batch_shape, x.shape[0])
+
+    def record(self, t: float, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """f and the integrand, with shapes ``(d, batch)`` and ``(batch,)``; nothing is saved."""
+        state = self.unpack(x)
+        time = torch.tensor(t, dtype=x.dtype, device=x.device)
+        f, q = self._dynamics(time, (state, state.new_zeros(self._batch_shape)))
+        return self.pack(f), q.reshape(-1), ()
+
+    def pull(
+        self, t: float, saved: tuple[Tensor, ...], f_bar: Tensor, q_bar: Tensor, accumulate: bool = True
+    ) -> Tensor:
+        """:raises RuntimeError: always, as the transform takes the gradients."""
+        raise RuntimeError("a plain tape keeps nothing to go back by")
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Nothing, as the transform takes the gradients."""
+        return ()
 
 
 def fixed(tableau: Tableau, times: Sequence[float]) -> March:

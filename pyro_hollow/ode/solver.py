@@ -206,6 +206,8 @@ class Solver:
         tensors = self._check_gradients(field, state)
         if (taped := self._by_tape(field, state, times, stats)) is not None:
             return Solution(taped, stats)
+        if runge_kutta.is_functional() and (plain := self._by_plain_steps(field, state, times, stats)) is not None:
+            return Solution(plain, stats)
         own = self.method in IMPLICIT_METHODS
         watch = Monitor if own or self.method == "scipy_solver" else StepMonitor
         monitor = watch(field, self, stats, first.shape[:-1], (t0, t1))
@@ -234,26 +236,13 @@ class Solver:
 
     def _by_tape(self, field: VectorField, state: State, times: Tensor, stats: SolverStats) -> State | None:
         """The state at the end, if the field has a tape and the method takes one, and if all goes well."""
-        tableau = runge_kutta.TABLEAUS.get(self.method)
-        known = set() if self.adaptive else {"step_size"}
-        if (
-            tableau is None
-            or self.adjoint
-            or set(self.options) - known
-            or not hasattr(field, "tape")
-            or runge_kutta.is_transformed()
-        ):
+        if self.adjoint or not hasattr(field, "tape") or runge_kutta.is_transformed():
             return None
         if isinstance(state, Tensor) or torch.is_autocast_enabled(state[0].device.type):
             return None
-        if self.adaptive:
-            t0, t1 = times.tolist()
-            march = runge_kutta.adaptive(tableau, t0, t1, self.rtol, self.atol, self.max_nfe)
-        else:
-            grid = _equal_steps(times, self.options.get("step_size")).tolist()
-            if (len(grid) - 1) * len(tableau.b) > self.max_nfe:
-                return None
-            march = runge_kutta.fixed(tableau, grid)
+        if (method := self._march(times)) is None:
+            return None
+        tableau, march = method
         x, integral, *scores = state
 
         def generic(x: Tensor) -> tuple[Tensor, ...]:
@@ -269,6 +258,45 @@ class Solver:
         (end, change, *scores), path = result
         stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
         return end, change + integral, *scores
+
+    def _march(self, times: Tensor) -> tuple[runge_kutta.Tableau, runge_kutta.March] | None:
+        """The method and its steps, if it is one of our own with no options but "step_size"."""
+        tableau = runge_kutta.TABLEAUS.get(self.method)
+        known = set() if self.adaptive else {"step_size"}
+        if tableau is None or set(self.options) - known:
+            return None
+        if self.adaptive:
+            t0, t1 = times.tolist()
+            return tableau, runge_kutta.adaptive(tableau, t0, t1, self.rtol, self.atol, self.max_nfe)
+        grid = _equal_steps(times, self.options.get("step_size")).tolist()
+        return (tableau, runge_kutta.fixed(tableau, grid)) if (len(grid) - 1) * len(tableau.b) <= self.max_nfe else None
+
+    def _by_plain_steps(self, field: VectorField, state: AnyState, times: Tensor, stats: SolverStats) -> State | None:
+        """The state at the end under a transform of torch.func, which torchdiffeq's adaptive solves refuse."""
+        tensors = (*parts(state), *getattr(field, "tensors", ()))
+        batched = any(map(runge_kutta.is_batched, tensors))
+        method = None if isinstance(state, Tensor) or len(state) != 2 or self.adjoint else self._march(times)
+        if method is None or (batched and self.adaptive):
+            if batched or self.adaptive or self.adjoint:
+                raise RuntimeError(
+                    f"{self!r} cannot solve these dynamics under a transform of torch.func or in forward mode"
+                    + (": under vmap each sample would need steps of its own" if batched else "")
+                    + ". A flow is batched already: call it on the whole batch, use a fixed step (Solver('rk4')), or "
+                    "take derivatives by torch.autograd.functional.jacobian"
+                )
+            return None
+        _, march = method
+        x, integral = state
+        tape = runge_kutta.PlainTape(field, x.shape[:-1])
+        try:
+            path = march(tape, tape.pack(x), False)
+        except ArithmeticError as error:
+            raise SolverError(f"method {self.method!r} failed under a transform of torch.func: {error}") from error
+        stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
+        end = tape.unpack(path.x), integral + path.integral.view(integral.shape)
+        if not batched and not are_finite(end):
+            raise SolverError("the state became non-finite under a transform of torch.func")
+        return end
 
     def _odeint(self, func: VectorField, state: State, times: Tensor, tensors: tuple[Tensor, ...] | None) -> State:
         """The state at the end; with the adjoint method if tensors are given and it is wanted."""

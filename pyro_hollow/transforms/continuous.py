@@ -6,21 +6,28 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import weakref
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 from typing_extensions import Self
 
 from pyro_hollow.ode import Solver, SolverStats
+from pyro_hollow.ode.runge_kutta import is_batched
 
 __all__ = ["ConditionalCNF", "ConditionedCNF", "Dynamics", "Field"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class Field(Protocol):
@@ -30,6 +37,18 @@ class Field(Protocol):
 
     def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(f, divergence)`` with shapes ``(*, d)`` and ``(*,)`` for a scalar time and a state of shape ``(*, d)``."""
+
+
+def _breaks_graph(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Has torch.compile break its graph around a method and run that as it is: the steps depend on values."""
+    # torch.compiler.disable would import torch._dynamo at once, which takes longer than all else that is imported.
+    disabled = _disable_dynamo(method)
+
+    @functools.wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else method(*args, **kwargs)
+
+    return call
 
 
 class _InverseCNF(_InverseTransform):
@@ -214,6 +233,7 @@ class ConditionedCNF(Transform):
     def _inv_call(self, y: Tensor) -> Tensor:
         return self._inverse_and_ladj(y)[0]
 
+    @_breaks_graph
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         cached = self._lookup(y=y)
         if cached is None:
@@ -221,6 +241,7 @@ class ConditionedCNF(Transform):
             cached = self._store(x, y, -integral, tuple(-extra for extra in extras), from_inverse=True)
         return cached.x, cached.ladj
 
+    @_breaks_graph
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """
         Value and log-determinant by one solve.
@@ -234,6 +255,7 @@ class ConditionedCNF(Transform):
             cached = self._store(x, y, ladj, tuple(extras), from_inverse=False)
         return cached.y, cached.ladj
 
+    @_breaks_graph
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""
         Value, log-determinant and score by one solve. The score :math:`s = \nabla \log p` of the density that the
@@ -260,6 +282,7 @@ class ConditionedCNF(Transform):
         self._store(x, y, ladj, (), from_inverse=False)
         return y, ladj, score.detach()
 
+    @_breaks_graph
     def _call(self, x: Tensor) -> Tensor:
         """
         :param x: the input into the bijection
@@ -269,6 +292,7 @@ class ConditionedCNF(Transform):
         """
         return self._integrate(x, 0.0, self.time)[0]
 
+    @_breaks_graph
     def _inverse(self, y: Tensor) -> Tensor:
         """
         :param y: the output of the bijection
@@ -278,6 +302,7 @@ class ConditionedCNF(Transform):
         """
         return self._integrate(y, self.time, 0.0)[0]
 
+    @_breaks_graph
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """
         Calculates the logarithm of the absolute value of the determinant of the Jacobian, at no cost for the pair of
@@ -376,7 +401,10 @@ class ConditionedCNF(Transform):
 
     def _store(self, x: Tensor, y: Tensor, ladj: Tensor, extras: tuple[Tensor, ...], from_inverse: bool) -> _Cached:
         cached = _Cached(x, y, ladj, extras, self._stamp(x, y), from_inverse)
-        if self._cache_size == 0:
+        level = torch._C._functorch.maybe_current_level()
+        # Within a transform of torch.func results are wrapped, even for an input that outlives it.
+        outlives = level is not None and torch._C._functorch.maybe_get_level(y if from_inverse else x) != level
+        if self._cache_size == 0 or outlives:
             return cached
         self._cached = cached
         # A second backward pass through the pair's graph would fail. The hook must not keep the transform alive.
@@ -397,6 +425,8 @@ class ConditionedCNF(Transform):
 
 
 def _check_finite(name: str, value: Tensor) -> None:
+    if is_batched(value):
+        return  # vmap allows no decision by values
     finite = torch.isfinite(value)
     if not bool(finite.all()):
         sample = tuple((~finite).any(-1).nonzero()[0].tolist())
