@@ -36,7 +36,25 @@ from transform_checks import (
     gradients,
 )
 
-from pyro_hollow import HollowCNF, HollowNN, Solver, SolverError, conditional_hollow_cnf, hollow_cnf
+from pyro_hollow import (
+    ConditionalHollowCNF,
+    ConditionalHollowNN,
+    HollowCNF,
+    HollowNN,
+    Solver,
+    SolverError,
+    conditional_hollow_cnf,
+    hollow_cnf,
+)
+from pyro_hollow.transforms import (
+    ConditionalFreeFormCNF,
+    ConditionedHollowCNF,
+    FreeFormCNF,
+    FreeFormNN,
+    LowRankFreeFormNN,
+    conditional_free_form_cnf,
+    free_form_cnf,
+)
 
 
 def own_transformer(input_dim, **settings):
@@ -583,3 +601,92 @@ def test_flows_bound_their_rates_by_default(make):
 def test_conditional_flow_without_a_context():
     with pytest.raises(ValueError, match="context_dim must be at least 1, but got 0; hollow_cnf takes no context"):
         conditional_hollow_cnf(2, 0)
+
+
+MAKERS = {
+    "hollow_cnf": partial(hollow_cnf, 2),
+    "conditional_hollow_cnf": partial(conditional_hollow_cnf, 2, 3),
+    "free_form_cnf": partial(free_form_cnf, 2),
+    "conditional_free_form_cnf": partial(conditional_free_form_cnf, 2, 3),
+}
+CLASSES = {
+    "HollowCNF": lambda **kwargs: HollowCNF(HollowNN(2), **kwargs),
+    "ConditionedHollowCNF": lambda **kwargs: ConditionedHollowCNF(ConditionalHollowNN(2, 0), **kwargs),
+    "ConditionalHollowCNF": lambda **kwargs: ConditionalHollowCNF(ConditionalHollowNN(2, 3), **kwargs),
+    "FreeFormCNF": lambda **kwargs: FreeFormCNF(FreeFormNN(2, 0, [4]), **kwargs),
+    "ConditionalFreeFormCNF": lambda **kwargs: ConditionalFreeFormCNF(FreeFormNN(2, 3, [4]), **kwargs),
+}
+NETWORKS = {
+    "HollowNN": partial(HollowNN, 2),
+    "ConditionalHollowNN": partial(ConditionalHollowNN, 2, 3),
+    "FreeFormNN": partial(FreeFormNN, 2, 0, hidden_dims=[4]),
+    "LowRankFreeFormNN": partial(LowRankFreeFormNN, 2, 3, hidden_dims=[4], rank=1),
+}
+WITH_SOLVER, WITH_WIDTHS = {**MAKERS, **CLASSES}, {**MAKERS, **NETWORKS}
+
+
+@pytest.mark.parametrize("make", WITH_SOLVER.values(), ids=WITH_SOLVER)
+def test_a_solver_is_given_and_assigned_by_name(make):
+    flow = make(solver="rk4")
+    assert flow.solver == Solver("rk4")
+    flow.solver = "bosh3"
+    assert flow.solver == Solver("bosh3")
+    if hasattr(flow, "condition"):
+        assert flow.condition(torch.zeros(3)).solver is flow.solver
+    for copied in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        assert copied.solver == flow.solver
+    for wrong, error in ((1e-5, TypeError), ("dopri", ValueError)):
+        with pytest.raises(error, match="dopri5"):
+            make(solver=wrong)
+        with pytest.raises(error, match="dopri5"):
+            flow.solver = wrong
+
+
+@pytest.mark.parametrize("make", WITH_SOLVER.values(), ids=WITH_SOLVER)
+def test_a_misspelled_keyword_is_answered_by_the_closest(make, request):
+    with pytest.raises(
+        TypeError, match=rf"{request.node.callspec.id}\(\) has no keyword 'sovler': did you mean 'solver'"
+    ):
+        make(sovler="rk4")
+
+
+@pytest.mark.parametrize("make", WITH_WIDTHS.values(), ids=WITH_WIDTHS)
+def test_misspelled_widths_are_answered_by_hidden_dims(make):
+    with pytest.raises(TypeError, match="no keyword 'hiden_dims': did you mean 'hidden_dims'"):
+        make(hiden_dims=[4])
+    with pytest.raises(TypeError, match="no keyword 'zzzz': It takes input_dim"):
+        make(zzzz=1)
+
+
+@pytest.mark.parametrize("name", ["hollow_cnf", "conditional_hollow_cnf", "HollowNN", "ConditionalHollowNN"])
+def test_keywords_of_the_network_are_known(name):
+    with pytest.raises(TypeError, match="did you mean 'activation'"):
+        WITH_WIDTHS[name](activaton="silu")
+    with pytest.raises(ValueError, match=r"activation must be one of \['silu', 'softplus', 'tanh'\]"):
+        WITH_WIDTHS[name](activation="relu")
+    with pytest.raises(ValueError, match=r"activation must be one of \['silu', 'softplus', 'tanh'\]"):
+        WITH_WIDTHS[name](activation=torch.tanh)
+    with pytest.raises(ValueError, match=r"conditioner must be one of \['grouped', 'leave-one-out', 'masked'\]"):
+        WITH_WIDTHS[name](conditioner="group")
+
+
+WRONG_WIDTHS = {
+    "integer": (64, TypeError, r"\[64\]"),
+    "number": (6.5, TypeError, r"\[6\]"),
+    "zero": ([0], ValueError, r"got \[0\]"),
+    "negative": ([8, -1], ValueError, r"got \[8, -1\]"),
+    "floats": ([8.0], TypeError, "integers.*got"),
+    "string": ("64", TypeError, "integers.*got '64'"),
+}
+
+
+@pytest.mark.parametrize("widths, error, message", WRONG_WIDTHS.values(), ids=WRONG_WIDTHS)
+@pytest.mark.parametrize("make", WITH_WIDTHS.values(), ids=WITH_WIDTHS)
+def test_wrong_widths_are_refused_with_what_to_write(make, widths, error, message):
+    with pytest.raises(error, match=f"hidden_dims.*{message}"):
+        make(hidden_dims=widths)
+
+
+def test_a_nonlinearity_must_be_a_module():
+    with pytest.raises(TypeError, match=r"nonlinearity must be a module, for example nn.Tanh\(\), but got 'tanh'"):
+        free_form_cnf(2, nonlinearity="tanh")

@@ -146,6 +146,6 @@ def get_activation(name: str) -> Activation:
     :param str name: "tanh", "softplus" or "silu".
     :raises ValueError: for any other name.
     """
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, but got {name!r}")
     return ACTIVATIONS[name]

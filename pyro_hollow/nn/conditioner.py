@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, get_activation
+from .arguments import check_widths, closest_keywords
 from .layout import columns, flatten_offset, flatten_time, project
 
 __all__ = [
@@ -84,13 +85,6 @@ class Conditioner(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, {self.hidden_dim}, context_dim={self.context_dim}"
-
-
-def _widths(name: str, hidden_dims: Sequence[int]) -> list[int]:
-    widths = [int(width) for width in hidden_dims]
-    if not widths or min(widths) < 1:
-        raise ValueError(f"hidden_dims of a {name} conditioner must be one or more positive widths, but got {widths}")
-    return widths
 
 
 def _uniform(shape: Sequence[int], fan_in: float) -> Tensor:
@@ -171,10 +165,11 @@ class GroupedConditioner(Conditioner):
     mask: Tensor
     streams = 1
 
+    @closest_keywords()
     def __init__(
         self, input_dim: int, hidden_dims: Sequence[int], context_dim: int = 0, *, activation: str = "tanh"
     ) -> None:
-        widths = _widths("grouped", hidden_dims)
+        widths = check_widths(hidden_dims, of="a grouped conditioner")
         super().__init__(input_dim, widths[-1], context_dim)
         self.groups = input_dim
         self._activation = get_activation(activation)
@@ -257,10 +252,11 @@ class MaskedConditioner(Conditioner):
 
     groups = streams = 2
 
+    @closest_keywords()
     def __init__(
         self, input_dim: int, hidden_dims: Sequence[int], context_dim: int = 0, *, activation: str = "tanh"
     ) -> None:
-        widths = _widths("masked", hidden_dims)
+        widths = check_widths(hidden_dims, of="a masked conditioner")
         if len(widths) < 2 or min(widths[:-1]) < input_dim or widths[-1] % 2:
             raise ValueError(
                 "hidden_dims of a masked conditioner must be layer widths of at least input_dim and, at the end, the "
@@ -303,10 +299,11 @@ class LeaveOneOutConditioner(Conditioner):
     :param str activation: "tanh", "softplus" or "silu".
     """
 
+    @closest_keywords()
     def __init__(
         self, input_dim: int, hidden_dims: Sequence[int], context_dim: int = 0, *, activation: str = "tanh"
     ) -> None:
-        widths = _widths("leave-one-out", hidden_dims)
+        widths = check_widths(hidden_dims, of="a leave-one-out conditioner")
         super().__init__(input_dim, widths[-1], context_dim)
         self._activation = get_activation(activation)
         width = widths[0]

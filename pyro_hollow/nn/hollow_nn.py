@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .activations import ACTIVATIONS
+from .arguments import closest_keywords
 from .compiled import CompiledTape
 from .conditioner import CONDITIONERS, BoundConditioner, BoundDense, Conditioner
 from .tape import HollowTape
@@ -153,6 +155,7 @@ class ConditionalHollowNN(nn.Module):
     [1] Ricky T. Q. Chen, David Duvenaud. Neural Networks with Cheap Differential Operators. [arXiv:1912.03579]
     """
 
+    @closest_keywords()
     def __init__(
         self,
         input_dim: int,
@@ -169,7 +172,8 @@ class ConditionalHollowNN(nn.Module):
         pair = (activation, activation) if isinstance(activation, str) else activation
         if not (isinstance(pair, Sequence) and len(pair) == 2):
             raise ValueError(
-                f"activation must be a name, or those of conditioner and transformer, but got {activation!r}"
+                f"activation must be one of {sorted(ACTIVATIONS)}, or two of them, the conditioner's and the "
+                f"transformer's, but got {activation!r}"
             )
         if input_dim < 1:
             raise ValueError(f"input_dim must be at least 1, but got {input_dim}")
@@ -256,6 +260,7 @@ class HollowNN(ConditionalHollowNN):
     [1] Ricky T. Q. Chen, David Duvenaud. Neural Networks with Cheap Differential Operators. [arXiv:1912.03579]
     """
 
+    @closest_keywords()
     def __init__(
         self,
         input_dim: int,

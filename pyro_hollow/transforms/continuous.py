@@ -21,6 +21,7 @@ from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 from typing_extensions import Self
 
+from pyro_hollow.nn.arguments import closest_keywords
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.ode.runge_kutta import is_batched
 
@@ -158,7 +159,22 @@ class _Record:
     last: SolverStats | None = None
 
 
-class ConditionedCNF(Transform):
+class _HasSolver:
+    """An attribute that is assigned a solver or a method's name, and holds a solver."""
+
+    @property
+    def solver(self) -> Solver:
+        """How to integrate; may be assigned a :class:`~pyro_hollow.ode.Solver` or a method's name."""
+        if "solver" not in vars(self):
+            raise AttributeError("a flow has a solver once it is made")
+        return vars(self)["solver"]
+
+    @solver.setter
+    def solver(self, solver: Solver | str) -> None:
+        vars(self)["solver"] = Solver.of(solver)
+
+
+class ConditionedCNF(_HasSolver, Transform):
     r"""
     A continuous normalizing flow with its context, if any, fixed,
 
@@ -179,7 +195,7 @@ class ConditionedCNF(Transform):
 
     :param ~torch.nn.Module nn: the network of the vector field, which has an attribute ``input_dim``.
     :param Tensor context: the context with shape ``(*, context_dim)``, or None.
-    :param Solver solver: how to integrate; None for ``Solver()``.
+    :param solver: how to integrate, a Solver or a method's name; None for ``Solver()``.
     :param float time: the end time T.
     :param int cache_size: 0 or 1.
     :raises ValueError: for a time that is not positive, and from every evaluation for inputs of the wrong size or type
@@ -191,12 +207,13 @@ class ConditionedCNF(Transform):
     bijective = True
     sign = +1
 
+    @closest_keywords()
     def __init__(
         self,
         nn: nn.Module,
         context: Tensor | None = None,
         *,
-        solver: Solver | None = None,
+        solver: Solver | str | None = None,
         time: float = 1.0,
         cache_size: int = 1,
     ) -> None:
@@ -204,7 +221,7 @@ class ConditionedCNF(Transform):
         _check_time(time)
         self.nn = nn
         self.context = context
-        self.solver = solver if solver is not None else Solver()
+        self.solver = Solver() if solver is None else solver
         self.time = float(time)
         self._record = _Record()
         self._cached: _Cached | None = None
@@ -438,13 +455,13 @@ def _check_time(time: float) -> None:
         raise ValueError(f"time must be positive and finite, but got {time}")
 
 
-class ConditionalCNF(ConditionalTransformModule):
+class ConditionalCNF(_HasSolver, ConditionalTransformModule):
     """
     A continuous normalizing flow that waits for its context. A subclass says, in :meth:`_condition`, what transform a
     context makes.
 
     :param ~torch.nn.Module nn: the network of the vector field, with attributes ``input_dim`` and ``context_dim``.
-    :param Solver solver: how to integrate; None for ``Solver()``.
+    :param solver: how to integrate, a Solver or a method's name; None for ``Solver()``.
     :param float time: the end time T.
     :param int cache_size: the cache size of the conditioned transforms.
     """
@@ -453,13 +470,16 @@ class ConditionalCNF(ConditionalTransformModule):
     codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, nn: nn.Module, *, solver: Solver | None = None, time: float = 1.0, cache_size: int = 1) -> None:
+    @closest_keywords()
+    def __init__(
+        self, nn: nn.Module, *, solver: Solver | str | None = None, time: float = 1.0, cache_size: int = 1
+    ) -> None:
         super().__init__()
         _check_time(time)
         if cache_size not in (0, 1):
             raise ValueError(f"cache_size must be 0 or 1, but got {cache_size}")
         self.nn = nn
-        self.solver = solver if solver is not None else Solver()
+        self.solver = Solver() if solver is None else solver
         self.time = time
         self.cache_size = cache_size
         self._record = _Record()

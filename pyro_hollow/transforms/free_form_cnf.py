@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from pyro_hollow.nn.arguments import check_widths, closest_keywords
 from pyro_hollow.ode import Solver
 
 from .continuous import ConditionalCNF, ConditionedCNF
@@ -41,6 +42,14 @@ _ELEMENTWISE = (
 )  # fmt: skip
 
 
+def _check_nonlinearity(nonlinearity: nn.Module | None) -> nn.Module:
+    if nonlinearity is None:
+        return nn.Softplus()
+    if not isinstance(nonlinearity, nn.Module):
+        raise TypeError(f"nonlinearity must be a module, for example nn.Tanh(), but got {nonlinearity!r}")
+    return nonlinearity
+
+
 class FreeFormNN(nn.Module):
     """
     A dense network of time, state and context, without any structure in its Jacobian.
@@ -51,15 +60,16 @@ class FreeFormNN(nn.Module):
     :param nonlinearity: a smooth activation module; None for softplus
     """
 
+    @closest_keywords()
     def __init__(
         self, input_dim: int, context_dim: int, hidden_dims: Sequence[int], nonlinearity: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.input_dim = input_dim
         self.context_dim = context_dim
-        widths = [input_dim + 1 + context_dim, *hidden_dims, input_dim]
+        widths = [input_dim + 1 + context_dim, *check_widths(hidden_dims, least=0), input_dim]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        self.nonlinearity = nonlinearity if nonlinearity is not None else nn.Softplus()
+        self.nonlinearity = _check_nonlinearity(nonlinearity)
         with torch.no_grad():  # a fresh flow is close to the identity
             for parameter in self.layers[-1].parameters():
                 parameter.mul_(1e-2)
@@ -102,6 +112,7 @@ class LowRankFreeFormNN(nn.Module):
     Continuous Dynamics for Scalable Reversible Generative Models. [arXiv:1810.01367]
     """
 
+    @closest_keywords()
     def __init__(
         self,
         input_dim: int,
@@ -116,13 +127,13 @@ class LowRankFreeFormNN(nn.Module):
         self.input_dim = input_dim
         self.context_dim = context_dim
         self.rank = rank
-        widths = [input_dim, *hidden_dims, input_dim]
+        widths = [input_dim, *check_widths(hidden_dims, least=0), input_dim]
         layers = [nn.Linear(a + 1, b, bias=False) for a, b in zip(widths[:-1], widths[1:], strict=True)]
         self.layers = nn.ModuleList(layers)
         # For each layer U, V and b, one after the other.
         self._sizes = [n for layer in layers for n in (*(rank * w for w in layer.weight.shape), len(layer.weight))]
         self.amortization = nn.Linear(context_dim, sum(self._sizes))
-        self.nonlinearity = nonlinearity if nonlinearity is not None else nn.Softplus()
+        self.nonlinearity = _check_nonlinearity(nonlinearity)
         with torch.no_grad():  # a fresh flow is close to the identity
             layers[-1].weight.mul_(1e-2)
             self.amortization.weight.mul_(math.sqrt(context_dim))  # see bind
@@ -382,6 +393,7 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 class ConditionedFreeFormCNF(ConditionedCNF):
     """A free-form CNF whose context is fixed, as :meth:`ConditionalFreeFormCNF.condition` returns it."""
 
+    @closest_keywords(ConditionedCNF)
     def __init__(
         self,
         nn: nn.Module,
@@ -452,8 +464,9 @@ class FreeFormCNF(ConditionedFreeFormCNF, TransformModule):
     :type divergence: str
     :param probe: the distribution of Hutchinson's probe: "rademacher" or "gaussian".
     :type probe: str
-    :param solver: how to integrate; None for ``Solver()``, which is "dopri5" at tolerances of 1e-5.
-    :type solver: Solver
+    :param solver: how to integrate, a Solver or a method's name; None for ``Solver()``, which is "dopri5" at
+        tolerances of 1e-5.
+    :type solver: Solver or str
     :param time: the end time T.
     :type time: float
     :param cache_size: 1 to keep the latest pair of input and output, 0 not to.
@@ -465,13 +478,14 @@ class FreeFormCNF(ConditionedFreeFormCNF, TransformModule):
     Continuous Dynamics for Scalable Reversible Generative Models. [arXiv:1810.01367]
     """
 
+    @closest_keywords()
     def __init__(
         self,
         nn: nn.Module,
         *,
         divergence: str = "exact",
         probe: str = "rademacher",
-        solver: Solver | None = None,
+        solver: Solver | str | None = None,
         time: float = 1.0,
         cache_size: int = 1,
     ) -> None:
@@ -510,8 +524,9 @@ class ConditionalFreeFormCNF(ConditionalCNF):
     :type divergence: str
     :param probe: the distribution of Hutchinson's probe: "rademacher" or "gaussian".
     :type probe: str
-    :param solver: how to integrate; None for ``Solver()``, which is "dopri5" at tolerances of 1e-5.
-    :type solver: Solver
+    :param solver: how to integrate, a Solver or a method's name; None for ``Solver()``, which is "dopri5" at
+        tolerances of 1e-5.
+    :type solver: Solver or str
     :param time: the end time T.
     :type time: float
     :param cache_size: the cache size of the conditioned transforms.
@@ -523,6 +538,7 @@ class ConditionalFreeFormCNF(ConditionalCNF):
     Continuous Dynamics for Scalable Reversible Generative Models. [arXiv:1810.01367]
     """
 
+    @closest_keywords(ConditionalCNF)
     def __init__(self, nn: nn.Module, *, divergence: str = "exact", probe: str = "rademacher", **kwargs: Any) -> None:
         super().__init__(nn, **kwargs)
         self.divergence = _check_choice("divergence", divergence, DIVERGENCES)
@@ -532,12 +548,13 @@ class ConditionalFreeFormCNF(ConditionalCNF):
         return ConditionedFreeFormCNF(self.nn, context, divergence=self.divergence, probe=self.probe, **settings)
 
 
+@closest_keywords(FreeFormCNF)
 def free_form_cnf(
     input_dim: int,
     hidden_dims: Sequence[int] | None = None,
     *,
     divergence: str = "exact",
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     nonlinearity: nn.Module | None = None,
     **kwargs: Any,
 ) -> FreeFormCNF:
@@ -551,8 +568,8 @@ def free_form_cnf(
     :type hidden_dims: list[int]
     :param divergence: "exact" or "hutchinson"
     :type divergence: str
-    :param solver: How to integrate. Defaults to "dopri5" at tolerances of 1e-5
-    :type solver: Solver
+    :param solver: How to integrate, a Solver or a method's name. Defaults to "dopri5" at tolerances of 1e-5
+    :type solver: Solver or str
     :param nonlinearity: Smooth activation module. Defaults to softplus
     :type nonlinearity: ~torch.nn.Module
     :param kwargs: probe, time and cache_size, as for :class:`~pyro_hollow.transforms.FreeFormCNF`
@@ -561,13 +578,14 @@ def free_form_cnf(
     return FreeFormCNF(network, divergence=divergence, solver=solver, **kwargs)
 
 
+@closest_keywords(ConditionalFreeFormCNF, ConditionalCNF)
 def conditional_free_form_cnf(
     input_dim: int,
     context_dim: int,
     hidden_dims: Sequence[int] | None = None,
     *,
     divergence: str = "exact",
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     nonlinearity: nn.Module | None = None,
     rank: int | None = None,
     **kwargs: Any,
@@ -584,8 +602,8 @@ def conditional_free_form_cnf(
     :type hidden_dims: list[int]
     :param divergence: "exact" or "hutchinson"
     :type divergence: str
-    :param solver: How to integrate. Defaults to "dopri5" at tolerances of 1e-5
-    :type solver: Solver
+    :param solver: How to integrate, a Solver or a method's name. Defaults to "dopri5" at tolerances of 1e-5
+    :type solver: Solver or str
     :param nonlinearity: Smooth activation module. Defaults to softplus
     :type nonlinearity: ~torch.nn.Module
     :param rank: The context changes every layer by a matrix of this rank, as in the variational autoencoders of

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_hollow.nn import ConditionalHollowNN, Conditioner, HollowField, HollowNN
+from pyro_hollow.nn.arguments import closest_keywords
 from pyro_hollow.ode import Solver
 
 from .continuous import ConditionalCNF, ConditionedCNF, Dynamics, _check_time
@@ -92,12 +93,13 @@ class ConditionedHollowCNF(ConditionedCNF):
 
     nn: ConditionalHollowNN
 
+    @closest_keywords()
     def __init__(
         self,
         nn: ConditionalHollowNN,
         context: Tensor | None = None,
         *,
-        solver: Solver | None = None,
+        solver: Solver | str | None = None,
         time: float = 1.0,
         cache_size: int = 1,
         regularize: bool = False,
@@ -169,8 +171,9 @@ class HollowCNF(ConditionedHollowCNF, TransformModule):
 
     :param nn: the network of the vector field.
     :type nn: HollowNN
-    :param solver: how to integrate; None for ``Solver()``, which is "dopri5" at tolerances of 1e-5.
-    :type solver: Solver
+    :param solver: how to integrate, a Solver or a method's name; None for ``Solver()``, which is "dopri5" at
+        tolerances of 1e-5.
+    :type solver: Solver or str
     :param time: the end time T; a longer time is a larger budget of change for the same network.
     :type time: float
     :param cache_size: 1 to keep the latest pair of input and output, 0 not to.
@@ -189,11 +192,12 @@ class HollowCNF(ConditionedHollowCNF, TransformModule):
     [arXiv:1806.07366]
     """
 
+    @closest_keywords()
     def __init__(
         self,
         nn: HollowNN,
         *,
-        solver: Solver | None = None,
+        solver: Solver | str | None = None,
         time: float = 1.0,
         cache_size: int = 1,
         regularize: bool = False,
@@ -234,8 +238,9 @@ class ConditionalHollowCNF(ConditionalCNF):
 
     :param nn: the network of the vector field.
     :type nn: ConditionalHollowNN
-    :param solver: how to integrate; None for ``Solver()``, which is "dopri5" at tolerances of 1e-5.
-    :type solver: Solver
+    :param solver: how to integrate, a Solver or a method's name; None for ``Solver()``, which is "dopri5" at
+        tolerances of 1e-5.
+    :type solver: Solver or str
     :param time: the end time T.
     :type time: float
     :param cache_size: the cache size of the conditioned transforms.
@@ -250,11 +255,12 @@ class ConditionalHollowCNF(ConditionalCNF):
 
     nn: ConditionalHollowNN
 
+    @closest_keywords()
     def __init__(
         self,
         nn: ConditionalHollowNN,
         *,
-        solver: Solver | None = None,
+        solver: Solver | str | None = None,
         time: float = 1.0,
         cache_size: int = 1,
         regularize: bool = False,
@@ -272,12 +278,13 @@ def _with_max_rate(time: float, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"max_rate": 4.0 / time, **kwargs} if kwargs.get("transformer") is None else kwargs
 
 
+@closest_keywords(HollowNN)
 def hollow_cnf(
     input_dim: int,
     hidden_dims: Sequence[int] | None = None,
     *,
     conditioner: str | Conditioner = "grouped",
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     time: float = 1.0,
     cache_size: int = 1,
     regularize: bool = False,
@@ -293,8 +300,8 @@ def hollow_cnf(
         to using [32, 32], and [max(4 * input_dim, 64), 32] for the masked conditioner
     :type hidden_dims: list[int]
     :param conditioner: "grouped", "masked", "leave-one-out" or a Conditioner of your own
-    :param solver: How to integrate. Defaults to "dopri5" at tolerances of 1e-5
-    :type solver: Solver
+    :param solver: How to integrate, a Solver or a method's name. Defaults to "dopri5" at tolerances of 1e-5
+    :type solver: Solver or str
     :param time: The end time
     :type time: float
     :param cache_size: 1 to keep the latest pair of input and output, 0 not to
@@ -308,13 +315,14 @@ def hollow_cnf(
     return HollowCNF(network, solver=solver, time=time, cache_size=cache_size, regularize=regularize)
 
 
+@closest_keywords(ConditionalHollowNN)
 def conditional_hollow_cnf(
     input_dim: int,
     context_dim: int,
     hidden_dims: Sequence[int] | None = None,
     *,
     conditioner: str | Conditioner = "grouped",
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     time: float = 1.0,
     cache_size: int = 1,
     regularize: bool = False,
@@ -332,8 +340,8 @@ def conditional_hollow_cnf(
         to using [32, 32], and [max(4 * input_dim, 64), 32] for the masked conditioner
     :type hidden_dims: list[int]
     :param conditioner: "grouped", "masked", "leave-one-out" or a Conditioner of your own
-    :param solver: How to integrate. Defaults to "dopri5" at tolerances of 1e-5
-    :type solver: Solver
+    :param solver: How to integrate, a Solver or a method's name. Defaults to "dopri5" at tolerances of 1e-5
+    :type solver: Solver or str
     :param time: The end time
     :type time: float
     :param cache_size: 1 to keep the latest pair of input and output, 0 not to
