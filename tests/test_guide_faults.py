@@ -372,6 +372,14 @@ def test_a_step_without_a_finite_gradient_changes_no_parameter(bad, settings):
     assert not torch.equal(guide.affine, before["affine"])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_parameters_that_are_not_finite_are_named(bad):
+    guide = small(vector).setup()
+    guide.affine.data[0, 0] = bad
+    with pytest.raises(ArithmeticError, match="parameters of the guide are not finite: affine"):
+        guide()
+
+
 def test_no_guide_is_kept_alive_by_its_gradients():
     import gc
     import weakref

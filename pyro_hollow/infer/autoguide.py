@@ -486,6 +486,8 @@ class AutoHollowCNF(AutoContinuous):
         else:
             posterior = Posterior(self.get_base_dist(), transforms)
         latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+        if not bool(latent.detach().isfinite().all()):
+            self._check_parameters()
         if learns:
             guard_gradients(latent, self)
             self._check_particles(latent.detach(), args, kwargs)
@@ -497,6 +499,15 @@ class AutoHollowCNF(AutoContinuous):
             # In a guide, whose log-density the ELBO subtracts.
             pyro.factor(f"_{self._pyro_name}_penalty", self._penalty * penalty, has_rsample=True)
         return latent
+
+    def _check_parameters(self) -> None:
+        """Names parameters that are not finite, before the model or a solver is blamed."""
+        bad = [name for name, parameter in self.named_parameters() if not bool(parameter.isfinite().all())]
+        if bad:
+            raise ArithmeticError(
+                f"parameters of the guide are not finite: {', '.join(bad)}; restore an earlier state, or call "
+                "pyro.clear_param_store() and train a new guide with a lower learning rate"
+            )
 
     def _check_particles(self, latent: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Once, refuses a model that mixes vectorised particles, whose gradients would be wrong."""
