@@ -519,10 +519,23 @@ def test_a_pole_is_reported(method):
 
 
 @pytest.mark.parametrize("diagonal", (math.nan, math.inf), ids=("nan", "inf"))
-def test_a_diagonal_that_is_not_finite_is_reported(diagonal):
-    with pytest.raises(SolverError, match="(?s)diagonal.*not finite.*with_diagonal") as raised:
-        implicit("bdf", 1e-4).integrate(BadDiagonal(diagonal), one_large(), 0.0, 0.1)
-    assert raised.value.sample == (1, 2)
+def test_dense_newton_takes_over_where_the_diagonal_is_not_finite(diagonal):
+    solution = implicit("bdf", 1e-4).integrate(BadDiagonal(diagonal), one_large(), 0.0, 0.1)
+    assert (solution.state - one_large() * math.exp(-0.1)).abs().max() < 1e-3
+    assert solution.stats.fallbacks > 0 and solution.stats.difference_jacobians == 0
+
+
+@pytest.mark.parametrize("diagonal", (math.nan, math.inf), ids=("nan", "inf"))
+def test_a_diagonal_that_is_not_finite_is_reported_where_dense_newton_fails_too(diagonal):
+    class Jump:
+        def __call__(self, t, x):
+            return -1e3 * torch.sign(x - 0.05)
+
+        def with_diagonal(self, t, x):
+            return self(t, x), torch.full_like(x, diagonal)
+
+    with pytest.raises(SolverError, match="(?s)diagonal.*not finite.*with_diagonal"):
+        implicit("bdf", 1e-8).integrate(Jump(), torch.full((1, 1), 0.1), 0.0, 1.0)
 
 
 def test_a_wrong_diagonal_costs_evaluations_but_no_accuracy():
@@ -638,3 +651,161 @@ def test_advice_on_stiff_fields(method, advised):
     with pytest.raises(SolverError, match="raise max_nfe") as raised:
         Solver(method, 1e-6, 1e-6, max_nfe=12).integrate(lambda t, x: -50 * x, torch.ones(1, 2), 0.0, 1.0)
     assert ("Solver('bdf')" in str(raised.value)) == advised
+
+
+# Fields that are finite where their derivative is not
+
+
+def attraction(y):
+    """Of bodies on a line, with a force that is masked for a body with itself; autograd's Jacobian is NaN."""
+    d = y.unsqueeze(-2) - y.unsqueeze(-1)
+    r = d.square().sqrt()
+    return torch.where(torch.eye(y.shape[-1], dtype=torch.bool), 0.0, d / (1 + r) ** 3).sum(-1)
+
+
+def safe_attraction(y):
+    d = y.unsqueeze(-2) - y.unsqueeze(-1)
+    return (d / (1 + d.abs()) ** 3).sum(-1)
+
+
+def attracted(t, y):
+    return attraction(y)
+
+
+class Attracted:
+    """With the diagonal of the Jacobian by automatic differentiation, NaN as well."""
+
+    def __call__(self, t, y):
+        return attraction(y)
+
+    def with_diagonal(self, t, y):
+        return attraction(y), torch.full_like(y, math.nan)
+
+
+BODIES = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64)
+
+
+@methods
+@pytest.mark.parametrize("field", (attracted, Attracted()), ids=("newton", "jacobi-newton"))
+@pytest.mark.parametrize("scale", (1.0, 1e-6), ids=("unit", "small"))
+def test_a_jacobian_that_is_not_finite_where_the_field_is_does_not_stop_a_solve(method, field, scale):
+    y, tolerance = scale * BODIES, {"rtol": 1e-7, "atol": 1e-9 * scale}
+    solution = Solver(method, **tolerance).integrate(field, y, 0.0, 1.0)
+    reference = Solver("dopri5", 1e-10, 1e-12 * scale).integrate(field, y, 0.0, 1.0).state
+    torch.testing.assert_close(solution.state, reference, rtol=1e-5, atol=1e-6 * scale)
+    stats = solution.stats
+    assert 0 < stats.difference_jacobians <= stats.jacobians
+    finite = Solver(method, **tolerance).integrate(lambda t, y: safe_attraction(y), y, 0.0, 1.0)
+    assert finite.stats.difference_jacobians == 0
+    if field is attracted:  # quotients are as good as derivatives
+        torch.testing.assert_close(solution.state, finite.state, rtol=1e-8, atol=1e-9 * scale)
+        assert stats.accepted == finite.stats.accepted
+
+
+@methods
+def test_difference_quotients_serve_a_stiff_field(method):
+    """The attraction and a decay at the rate 1e4, where steps of an explicit method's length were thousands."""
+
+    def field(t, y):
+        return attraction(y) - 1e4 * (y - torch.cos(t))
+
+    solution = implicit(method, 1e-5).integrate(field, BODIES, 0.0, 1.0)
+    torch.testing.assert_close(solution.state, torch.full_like(BODIES, math.cos(1.0)), rtol=0, atol=1e-3)
+    assert solution.stats.accepted < 600 and solution.stats.difference_jacobians > 0
+
+
+@methods
+def test_a_jacobian_that_is_not_finite_in_one_sample_leaves_the_others_alone(method):
+    # Along sqrt(x^2), whose derivative is NaN at 0 alone, the first sample rests.
+    def field(t, x):
+        return x.square().sqrt() * (1 - x)
+
+    def mended(t, x):
+        return x.abs() * (1 - x)
+
+    x = torch.tensor([[0.0, 0.5], [0.3, 0.1], [0.2, 0.7]])
+    bad, good = (implicit(method, 1e-7).integrate(f, x, 0.0, 1.0) for f in (field, mended))
+    torch.testing.assert_close(bad.state[1:], good.state[1:], rtol=1e-9, atol=1e-10)
+    exact = 1 / (1 + (1 / x - 1) * math.exp(-1))
+    torch.testing.assert_close(bad.state, exact, rtol=0, atol=1e-5)
+    assert bad.stats.difference_jacobians > 0 and good.stats.difference_jacobians == 0
+
+
+@methods
+def test_a_jacobian_may_cease_to_be_finite_halfway(method):
+    def field(t, y):
+        return 30 * attraction(y) if t > 0.5 else safe_attraction(y)
+
+    def mended(t, y):
+        return 30 * safe_attraction(y) if t > 0.5 else safe_attraction(y)
+
+    solution, finite = (implicit(method, 1e-6).integrate(f, BODIES, 0.0, 0.7) for f in (field, mended))
+    torch.testing.assert_close(solution.state, finite.state, rtol=1e-7, atol=1e-8)
+    reference = Solver("dopri5", 1e-9, 1e-9).integrate(mended, BODIES, 0.0, 0.7).state
+    torch.testing.assert_close(solution.state, reference, rtol=1e-3, atol=1e-3)
+    assert 0 < solution.stats.difference_jacobians <= solution.stats.jacobians
+
+
+@methods
+def test_five_planets_with_masked_pairs_agree_with_an_explicit_method(method):
+    """As problem C5 of DETEST: a sun and five bodies in the plane, of comparable constants, in first-order form."""
+    mass = torch.tensor([1e-3, 3e-4, 4e-5, 5e-5, 3e-6])
+    radius = torch.tensor([1.0, 1.8, 3.8, 6.0, 7.8])
+    angle = torch.tensor([0.0, 1.3, 2.9, 4.2, 5.5])
+    position = radius * torch.stack([angle.cos(), angle.sin()])
+    velocity = radius.rsqrt() * torch.stack([-angle.sin(), angle.cos()])
+
+    def field(t, y):
+        x, v = y.unflatten(-1, (2, 2, 5)).unbind(-3)
+        d = x.unsqueeze(-2) - x.unsqueeze(-1)
+        r = d.square().sum(-3, keepdim=True).sqrt()
+        pull = torch.where(torch.eye(5, dtype=torch.bool), 0.0, mass * d / r**3).sum(-1)
+        sun = -x / x.square().sum(-2, keepdim=True).sqrt() ** 3
+        indirect = -(mass * x / x.square().sum(-2, keepdim=True).sqrt() ** 3).sum(-1, keepdim=True)
+        return torch.stack([v, sun + pull + indirect], dim=-3).flatten(-3)
+
+    y = torch.stack([position, velocity]).flatten().unsqueeze(0)
+    reference = Solver("dopri5", 1e-11, 1e-11).integrate(field, y, 0.0, 3.0).state
+    solution = implicit(method, 1e-6).integrate(field, y, 0.0, 3.0)
+    torch.testing.assert_close(solution.state, reference, rtol=0, atol=1e-3)
+    assert solution.stats.difference_jacobians > 0
+
+
+@methods
+def test_a_field_without_derivatives_is_integrated(method):
+    solution = implicit(method, 1e-6).integrate(lambda t, y: safe_attraction(y.detach()), BODIES, 0.0, 1.0)
+    reference = Solver("dopri5", 1e-9, 1e-9).integrate(attracted, BODIES, 0.0, 1.0).state
+    torch.testing.assert_close(solution.state, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ("adams_moulton", "bdf", "kvaerno3"))
+def test_where_difference_quotients_fail_too_the_jacobian_is_named(method):
+    def field(t, x):
+        return -1e3 * torch.sign(x - 0.05) + (x - x).square().sqrt()
+
+    with pytest.raises(SolverError, match="(?s)Jacobian is not finite where the field is.*torch.where.*sqrt"):
+        implicit(method, 1e-8, "newton").integrate(field, torch.full((1, 1), 0.1), 0.0, 1.0)
+
+
+@methods
+@pytest.mark.parametrize("adjoint", (True, False), ids=("adjoint", "backpropagation"))
+def test_gradients_by_a_jacobian_that_is_not_finite_are_an_error(method, adjoint):
+    strength, y = torch.tensor(1.0, requires_grad=True), BODIES.clone().requires_grad_()
+    solver = replace(implicit(method, 1e-5), adjoint=adjoint)
+
+    def field(t, y):
+        return strength * attraction(y)
+
+    field.tensors = (strength,)
+    end = solver.integrate(field, y, 0.0, 1.0).state
+    with pytest.raises(RuntimeError, match="Jacobian.*not finite.*torch.where"):
+        end.sum().backward()
+
+
+@pytest.mark.parametrize("adjoint", (True, False), ids=("adjoint", "backpropagation"))
+def test_a_gradient_that_was_not_finite_before_is_not_blamed_on_the_field(adjoint):
+    y = BODIES.clone().requires_grad_()
+    field = Stiff(-torch.eye(3))
+    end = replace(implicit("bdf", 1e-5, "newton"), adjoint=adjoint).integrate(field, y, 0.0, 1.0).state
+    (gradient,) = torch.autograd.grad(end, y, torch.full_like(end, math.nan))
+    assert gradient.isnan().all()

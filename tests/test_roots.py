@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_hollow.ops import RootError, fixed_point, jacobi_newton, jacobian, newton
+from pyro_hollow.ops import RootError, fill_by_differences, fixed_point, jacobi_newton, jacobian, newton
 
 
 def parametrize(name, cases):
@@ -278,3 +278,64 @@ def test_gradients_against_differences(find):
         return jacobi_newton(lambda x: (function(x), 3 * x**2 + 1), torch.zeros(3, 2)).value
 
     assert torch.autograd.gradcheck(root, weight)
+
+
+# Functions that are finite where their derivative is not
+
+
+def length(x):
+    """|x| with a derivative that is NaN at 0."""
+    return x.square().sqrt()
+
+
+def test_difference_quotients_replace_only_entries_that_are_not_finite():
+    def function(x):
+        return torch.stack([length(x[..., 0] - x[..., 0]) + x[..., 1] ** 3, 2 * x[..., 0]], dim=-1)
+
+    x = torch.tensor([[0.0, 2.0], [1e-7, 1e-7], [3.0, -1.0]])
+    matrix = jacobian(function, x)
+    assert matrix[..., 0].isnan().all() and matrix[..., 1].isfinite().all()
+    filled = fill_by_differences(matrix, function, x, function(x))
+    torch.testing.assert_close(filled[..., 0], torch.tensor([[0.0, 2.0]] * 3))
+    assert torch.equal(filled[matrix.isfinite()], matrix[matrix.isfinite()])
+    everything = fill_by_differences(torch.full_like(matrix, math.nan), function, x, function(x))
+    torch.testing.assert_close(everything, filled, rtol=1e-8, atol=1e-9)
+
+
+def test_difference_quotients_leave_samples_alone_in_which_the_function_is_not_finite():
+    matrix, f = torch.full((2, 1, 1), math.nan), torch.tensor([[math.nan], [1.0]])
+    filled = fill_by_differences(matrix, lambda x: 2 * x, torch.ones(2, 1), f)
+    assert filled[0].isnan().all() and filled[1] == pytest.approx(2.0)
+
+
+def test_newton_goes_on_where_the_jacobian_is_not_finite():
+    a = torch.tensor([[0.5, 1.0], [0.0, 2.0]])
+    result = newton(lambda x: x + length(x - x) + x.flip(-1).square() / 8 - a, torch.zeros(2, 2))
+    expected = newton(lambda x: x + x.flip(-1).square() / 8 - a, torch.zeros(2, 2))
+    torch.testing.assert_close(result.value, expected.value, rtol=1e-8, atol=1e-8)
+
+
+def test_newton_names_a_jacobian_that_is_not_finite():
+    with pytest.raises(RootError, match="Jacobian is not finite where F is.*torch.where"):
+        newton(lambda x: x.square() + 1 + length(x - x), torch.ones(2, 2), max_iterations=5)
+    with pytest.raises(RootError) as raised:
+        newton(lambda x: x.square() + 1, torch.ones(2, 2), max_iterations=5)
+    assert "torch.where" not in str(raised.value)
+
+
+def test_jacobi_newton_names_a_diagonal_that_is_not_finite():
+    with pytest.raises(RootError, match="diagonal of the Jacobian is not finite where F is.*torch.where"):
+        jacobi_newton(lambda x: (x - 1, torch.full_like(x, math.nan)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_jacobi_newton_keeps_the_first_diagonal_where_a_later_one_is_not_finite(value):
+    result = jacobi_newton(lambda x: (2 * x - 1, torch.where(x == 0, 3.0, value)), torch.zeros(2, 3))
+    torch.testing.assert_close(result.value, torch.full((2, 3), 0.5))
+
+
+def test_gradients_of_a_root_name_a_jacobian_that_is_not_finite():
+    a = torch.tensor([[0.5, 1.0]], requires_grad=True)
+    root = newton(lambda x: x + length(x - x) - a, torch.zeros(1, 2)).value
+    with pytest.raises(RootError, match="Jacobian, which is not finite.*torch.where"):
+        root.sum().backward()

@@ -7,7 +7,8 @@ Implicit methods for stiff equations, whose equations :math:`y = c + \eta f(t, y
 "jacobi-newton" divides by the diagonal :math:`1 - \eta D f(t, y)` alone, which a hollow network gives away with f; it
 converges where the diagonal dominates. Where its measured rate says that it will not, dense Newton takes over, and the
 statistics tell how often. "newton" factorises the dense Jacobian of each sample, by d backward passes, and keeps it as
-long as it serves; "fixed-point" needs neither, and steps as small as those of an explicit method.
+long as it serves; "fixed-point" needs neither, and steps as small as those of an explicit method. Difference quotients
+replace a derivative that is not finite where the field is, such as that of :math:`\sqrt{x^2}` at 0.
 
 A solve is a search without gradients for steps and for the roots of their equations. Gradients come from a replay of
 the accepted steps, in which every root is differentiated by the implicit function theorem.
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from pyro_hollow.ops import RootResult, attach, fixed_point, jacobi_newton, jacobian, newton
+from pyro_hollow.ops import RootResult, attach, fill_by_differences, fixed_point, jacobi_newton, jacobian, newton
 
 from .implicit_methods import METHODS, Method
 from .monitor import Monitor, are_finite, parts
@@ -130,9 +131,9 @@ class _Equation:
 class _NotConverged(Exception):
     """A corrector has failed. Its rate tells how much shorter the step must be."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, reason: str | None = None) -> None:
         super().__init__()
-        self.reason = "corrector" if rate < math.inf else "non-finite"
+        self.reason = reason or ("corrector" if rate < math.inf else "non-finite")
         self.shrink = min(0.5, max(0.1, 0.5 / rate)) if 0 < rate < math.inf else 0.25
 
 
@@ -156,6 +157,8 @@ class _Corrector:
         self._rate: Tensor | float = 0.5
         self._stay = 0
         self._jacobian: Tensor | None = None
+        #: The derivative, by its name among failures, that was not finite where the field was.
+        self._spoilt: str | None = None
         self._factors: tuple[Tensor, Tensor] | None = None
         self._coefficient = math.nan
 
@@ -184,7 +187,8 @@ class _Corrector:
             rate, self._latest = float(result.rate.max()), abs(coefficient)
             self._stiffness = max(self._stiffness, rate / self._latest if math.isfinite(rate) else 0.0)
         if not bool(result.converged.all()):
-            raise _NotConverged(float(result.rate[~result.converged].max()))
+            finite = self._monitor.is_finite()
+            raise _NotConverged(float(result.rate[~result.converged].max()), self._spoilt if finite else None)
         return equation.complete(t, coefficient, constant, result.value)
 
     def _settings(self, x: Tensor) -> dict[str, Any]:
@@ -200,6 +204,7 @@ class _Corrector:
 
     def _jacobi_newton(self, t: float, coefficient: float, c: Tensor, x: Tensor) -> RootResult:
         f = diagonal = x
+        self._spoilt = None
 
         def residual(x: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal f, diagonal
@@ -210,7 +215,7 @@ class _Corrector:
         if bool(result.converged.all()):
             return result
         if are_finite(f) and not are_finite(diagonal):
-            raise self._monitor.failure("diagonal")
+            self._spoilt = "diagonal"
         self._stay, self._rate = _STAY, 0.5
         return self._newton(t, coefficient, c, torch.where(result.converged.unsqueeze(-1), result.value, x))
 
@@ -221,9 +226,7 @@ class _Corrector:
         while True:
             fresh = self._jacobian is None
             if self._jacobian is None:
-                self._monitor.stats.jacobians += 1
-                self._jacobian = jacobian(lambda x: self._equation.field(t, x), x)
-                self._factors = None
+                self._jacobian, self._factors = self._fresh_jacobian(t, x), None
             if self._factors is None or coefficient != self._coefficient:
                 matrix = torch.diag_embed(torch.ones_like(x)) - coefficient * self._jacobian
                 factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
@@ -239,6 +242,25 @@ class _Corrector:
             if fresh or bool(result.converged.all()):
                 return result
             self._jacobian = None
+
+    def _fresh_jacobian(self, t: float, x: Tensor) -> Tensor:
+        f = x
+
+        def field(x: Tensor) -> Tensor:
+            nonlocal f
+            f = self._equation.field(t, x)
+            return f
+
+        self._monitor.stats.jacobians += 1
+        matrix = jacobian(field, x)
+        if are_finite(matrix):
+            self._spoilt = None if self._spoilt == "jacobian" else self._spoilt
+        elif are_finite(f):
+            self._spoilt = self._spoilt or "jacobian"
+            self._monitor.stats.difference_jacobians += 1
+            # States that differ by less than atol are the same.
+            matrix = fill_by_differences(matrix, field, x, f.detach(), self._monitor.solver.atol)
+        return matrix
 
 
 @dataclass(frozen=True)
@@ -396,6 +418,17 @@ class _Replay:
         history = self.method.rescale(history, step.order, step.factor)
         return self.method.step(solve, step.t, step.h, history, step.order)[0]
 
+    def check(self, t: float, bar: Tensor) -> None:
+        """
+        :param float t: when the history or state was.
+        :param Tensor bar: its gradient, with shape ``(*, n)`` or ``(k, *, n)``.
+        :raises SolverError: if it is not finite.
+        """
+        if not are_finite(bar):
+            monitor = self.equation.monitor
+            rows = bar if bar.dim() == len(monitor.batch_shape) + 1 else bar.movedim(0, -2)
+            raise monitor.failure("gradient", (bar.new_tensor(t), rows))
+
     def _attach(self, t: float, coefficient: float, constant: Tensor, root: Tensor) -> Tensor:
         equation, x = self.equation, root[..., : self.equation.size]
 
@@ -432,6 +465,7 @@ class _Adjoint(torch.autograd.Function):
                 total += other
             return start_bar
 
+        is_finite = are_finite(end_bar)
         bar = torch.zeros_like(replay.steps[0].history)
         bar[0] = end_bar
         for step in reversed(replay.steps):
@@ -439,10 +473,38 @@ class _Adjoint(torch.autograd.Function):
                 history = step.history.detach().requires_grad_()
                 out = replay.step(step, history)
             bar = pull(out, history, bar)
+            if is_finite:
+                replay.check(step.t, bar)
         with torch.enable_grad():
             start = y.detach().requires_grad_()
             out = replay.begin(start, replay.equation.slope(ctx.t0, start))
-        return None, None, None, pull(out, start, bar), *totals
+        bar = pull(out, start, bar)
+        if is_finite:
+            replay.check(ctx.t0, bar)
+        return None, None, None, bar, *totals
+
+
+def _backpropagate(replay: _Replay, t0: float, y: Tensor, slope: Tensor) -> Tensor:
+    """The end of a solve with gradients by backpropagation, which are checked where the steps begin."""
+    is_finite = True
+
+    def begin(bar: Tensor) -> None:
+        nonlocal is_finite
+        is_finite = are_finite(bar)
+
+    def watch(t: float, tensor: Tensor) -> None:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda bar: replay.check(t, bar) if is_finite and bar is not None else None)
+
+    watch(t0, y)
+    history = replay.begin(y, slope)
+    for step in replay.steps:
+        watch(step.t, history)
+        history = replay.step(step, history)
+    end = history[0]
+    if end.requires_grad:
+        end.register_hook(lambda bar: None if bar is None else begin(bar))
+    return end
 
 
 def integrate(monitor: Monitor, state: State, t0: float, t1: float, tensors: tuple[Tensor, ...]) -> State:
@@ -475,7 +537,4 @@ def integrate(monitor: Monitor, state: State, t0: float, t1: float, tensors: tup
         return equation.unpack(end)
     if solver.adjoint:
         return equation.unpack(cast(Tensor, _Adjoint.apply(replay, end, t0, y, *tensors)))
-    history = replay.begin(y, slope)
-    for step in search.steps:
-        history = replay.step(step, history)
-    return equation.unpack(history[0])
+    return equation.unpack(_backpropagate(replay, t0, y, slope))

@@ -56,6 +56,8 @@ class SolverStats:
     :ivar diagonals: evaluations, among all of them, that also gave the diagonal of the Jacobian.
     :ivar jacobians: dense Jacobians of implicit methods, by d backward passes each.
     :ivar fallbacks: equations that dense Newton had to solve for Jacobi-Newton.
+    :ivar difference_jacobians: dense Jacobians, among all of them, that were not finite where the field was, and whose
+        entries were replaced by difference quotients.
     """
 
     nfe: int = 0
@@ -65,6 +67,7 @@ class SolverStats:
     diagonals: int = 0
     jacobians: int = 0
     fallbacks: int = 0
+    difference_jacobians: int = 0
 
 
 #: What can go wrong: a word in torchdiffeq's message to what we say and advise.
@@ -99,7 +102,19 @@ _FAILURES = {
     ),
     "diagonal": (
         "diagonal of the Jacobian is not finite where the field is",
+        "Dense Newton does not converge either. "
         "Check the field's with_diagonal, or set options['corrector'] to 'newton' or 'fixed-point'.",
+    ),
+    "jacobian": (
+        "Jacobian is not finite where the field is, and the equations of the steps do not converge with difference "
+        "quotients in its place",
+        "Write the field so that its derivative is finite, such as with torch.where on the input of sqrt, not only on "
+        "its output; or set options['corrector'] to 'fixed-point'.",
+    ),
+    "gradient": (
+        "gradient is not finite: the Jacobian of the field is not finite there, or the gradient overflows",
+        "Write the field so that its derivative is finite, such as with torch.where on the input of sqrt, not only on "
+        "its output.",
     ),
     "tolerance": (
         "tolerances are finer than the numbers of the state",
@@ -158,7 +173,7 @@ class Monitor:
             self.stats.nfe += 1
         if self._count > self.solver.max_nfe:
             raise self.failure("max_nfe")
-        if self._count == 1 and not self._is_finite():  # it would spoil the first step, and with it time and state
+        if self._count == 1 and not self.is_finite():  # it would spoil the first step, and with it time and state
             raise self.failure("non-finite")
         return derivative
 
@@ -170,7 +185,7 @@ class Monitor:
 
     def explain(self, message: str) -> SolverError | None:
         """Translates what torchdiffeq says of a failure; None if it is not one of a solve."""
-        if not self._is_finite():
+        if not self.is_finite():
             return self.failure("non-finite")
         return next((self.failure(word) for word in _FAILURES if word in message), None)
 
@@ -184,17 +199,19 @@ class Monitor:
             self._last = probe.last
         return self.failure("non-finite")
 
-    def _is_finite(self) -> bool:
+    def is_finite(self) -> bool:
+        """Whether the latest derivative is finite."""
         return self._last is None or are_finite(self._last[1])
 
-    def failure(self, word: str) -> SolverError:
-        """The error for an entry of the table above."""
+    def failure(self, word: str, last: tuple[Tensor, State] | None = None) -> SolverError:
+        """The error for an entry of the table above, at the latest evaluation or at another time and derivative."""
+        last = self._last if last is None else last
         reason, advice = _FAILURES[word]
         if word in ("underflow", "max_nfe") and self.solver.method not in IMPLICIT_METHODS:
             advice += " A stiff field wants an implicit method, such as Solver('bdf')."
         time, sample = math.nan, (0,) * len(self.batch_shape)
-        if self._last is not None:
-            time, sample = float(self._last[0].detach()), self._worst_sample(self._last[1])
+        if last is not None:
+            time, sample = float(last[0].detach()), self._worst_sample(last[1])
         solver, nfe = self.solver, self.stats.nfe + self.stats.nfe_backward
         return SolverError(
             f"{reason} at t = {time:.6g} after {nfe} evaluations (method {solver.method!r}, rtol = {solver.rtol:g}, "

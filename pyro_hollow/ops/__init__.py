@@ -3,7 +3,15 @@
 
 """Derivatives and root finding as pure functions on tensors."""
 
-from .derivatives import HollowOperator, SplitJacobian, dimwise_derivatives, divergence, jacobian, split_jacobian
+from .derivatives import (
+    HollowOperator,
+    SplitJacobian,
+    dimwise_derivatives,
+    divergence,
+    fill_by_differences,
+    jacobian,
+    split_jacobian,
+)
 from .operators import DimwiseField, differential_operator, field_derivatives, time_derivative
 from .roots import RootError, RootResult, attach, fixed_point, jacobi_newton, newton
 
@@ -18,6 +26,7 @@ __all__ = [
     "dimwise_derivatives",
     "divergence",
     "field_derivatives",
+    "fill_by_differences",
     "fixed_point",
     "jacobi_newton",
     "jacobian",

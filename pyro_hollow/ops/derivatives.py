@@ -25,7 +25,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["HollowOperator", "SplitJacobian", "dimwise_derivatives", "divergence", "jacobian", "split_jacobian"]
+__all__ = [
+    "HollowOperator",
+    "SplitJacobian",
+    "dimwise_derivatives",
+    "divergence",
+    "fill_by_differences",
+    "jacobian",
+    "split_jacobian",
+]
 
 Transformer = Callable[[Tensor, Tensor], Tensor]
 Conditioner = Callable[[Tensor], Tensor]
@@ -210,7 +218,7 @@ def split_jacobian(transformer: Transformer, conditioner: Conditioner, x: Tensor
 def jacobian(function: Conditioner, x: Tensor) -> Tensor:
     r"""
     The dense Jacobian :math:`\partial f / \partial x` of any function of one sample at a time, by a batch of d backward
-    passes; a constant, without gradients of its own.
+    passes; a constant, without gradients of its own. Where it is not finite, see :func:`fill_by_differences`.
 
     :param function: maps x with shape ``(*, d)`` to f with shape ``(*, d)``.
     :param Tensor x: inputs with shape ``(*, d)``.
@@ -231,3 +239,41 @@ def jacobian(function: Conditioner, x: Tensor) -> Tensor:
         basis = basis.view(-1, *(1,) * (x.dim() - 1), x.shape[-1]).expand(-1, *x.shape)
         (rows,) = torch.autograd.grad(f, alias, basis, is_grads_batched=True, allow_unused=True, materialize_grads=True)
     return rows.movedim(0, -2)
+
+
+def fill_by_differences(
+    matrix: Tensor, function: Conditioner, x: Tensor, f: Tensor, smallest: Tensor | float = 0.0
+) -> Tensor:
+    r"""
+    Replaces the entries of a Jacobian that are not finite where f is, such as NaN of the derivative of
+    :math:`\sqrt{x^2}` at 0, by central difference quotients :math:`(f_i(x + h e_j) - f_i(x - h e_j)) / 2 h`; two
+    evaluations for each column with such an entry. The other entries stay what they are.
+
+    :param Tensor matrix: the Jacobians with shape ``(*, d, d)``.
+    :param function: maps x with shape ``(*, d)`` to f with shape ``(*, d)``, each sample by itself.
+    :param Tensor x: inputs with shape ``(*, d)``.
+    :param Tensor f: the function's values at x; samples in which they are not finite are left as they are.
+    :param smallest: the smallest h, of a shape that broadcasts to x's; by default h depends on the size of x alone.
+    :returns: matrices with shape ``(*, d, d)``, without gradients; an entry whose quotient is not finite either stays
+        not finite.
+
+    Example usage:
+
+    >>> x, f = torch.tensor([0.0]), lambda x: (x**2).sqrt()
+    >>> jacobian(f, x), fill_by_differences(jacobian(f, x), f, x, f(x))
+    (tensor([[nan]]), tensor([[0.]]))
+    """
+    x, matrix = x.detach(), matrix.detach()
+    bad = ~matrix.isfinite() & f.isfinite().all(-1)[..., None, None]
+    rms = x.square().mean(-1, keepdim=True).sqrt()
+    size = torch.maximum(x.abs(), torch.where(rms > 0, rms, 1.0))
+    # The cube root balances the errors of rounding and of truncation.
+    steps = torch.maximum(torch.finfo(x.dtype).eps ** (1 / 3) * size, torch.as_tensor(smallest).to(x))
+    with torch.no_grad():
+        for j in bad.flatten(0, -2).any(0).nonzero().flatten().tolist():
+            step = torch.zeros_like(x)
+            step[..., j] = steps[..., j]
+            ahead, behind = x + step, x - step
+            quotient = (function(ahead) - function(behind)) / (ahead - behind)[..., j, None]
+            matrix = torch.where(bad & (torch.arange(x.shape[-1], device=x.device) == j), quotient[..., None], matrix)
+    return matrix

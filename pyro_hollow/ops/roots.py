@@ -30,13 +30,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .derivatives import jacobian
+from .derivatives import fill_by_differences, jacobian
 
 __all__ = ["RootError", "RootResult", "attach", "fixed_point", "jacobi_newton", "newton"]
 
 Residual = Callable[[Tensor], Tensor]
 ResidualWithDiagonal = Callable[[Tensor], tuple[Tensor, Tensor]]
 
+#: What to do about a derivative that is not finite.
+_ADVICE = "write F so that its derivative is finite, as by torch.where on the input of sqrt, not only on its output"
 #: A diagonal that has fallen below this part of its first value, or has changed its sign, is not divided by.
 _SAFE = 1e-2
 
@@ -131,8 +133,8 @@ def jacobi_newton(
     r"""
     Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega F(x) / D F(x)`, elementwise.
 
-    Where the diagonal has changed its sign since the first iterate, or has all but vanished, the first one is taken in
-    its place; a sample in which it is 0 from the first is given up.
+    Where the diagonal has changed its sign since the first iterate, has all but vanished, or is no longer finite, the
+    first one is taken in its place; a sample in which it is 0 or not finite from the first is given up.
 
     :param residual: maps x with shape ``(*, d)`` to F and the diagonal of its Jacobian, both with that shape.
     :param Tensor x: where to begin, with shape ``(*, d)``; the other parameters are those of :func:`fixed_point`.
@@ -143,8 +145,9 @@ def jacobi_newton(
     >>> jacobi_newton(lambda x: (x**2 - a, 2 * x), torch.ones(2), tolerance=1e-6).value
     tensor([1.4142, 1.7321])
     """
-    result = _iterate(_Jacobi(residual), x, tolerance, scale, max_iterations, max_rate, first_rate, damping)
-    return _finish(residual, result, throw)
+    update = _Jacobi(residual)
+    result = _iterate(update, x, tolerance, scale, max_iterations, max_rate, first_rate, damping)
+    return _finish(residual, result, throw, "diagonal of the Jacobian" if update.is_spoilt else None)
 
 
 def newton(
@@ -162,7 +165,7 @@ def newton(
 ) -> RootResult:
     r"""
     Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega (\partial F / \partial x)^{-1} F(x)` with the dense
-    Jacobian of each sample.
+    Jacobian of each sample. Entries that are not finite where F is are replaced by difference quotients.
 
     :param residual: maps x with shape ``(*, d)`` to F with that shape, each sample by itself.
     :param Tensor x: where to begin, with shape ``(*, d)``; the other parameters are those of :func:`fixed_point`.
@@ -176,15 +179,23 @@ def newton(
     [True]
     """
 
+    spoilt = False
+
     def update(x: Tensor) -> Tensor:
+        nonlocal spoilt
         f = residual(x)
         if inverse is not None:
             return -inverse(f)
-        solution, info = torch.linalg.solve_ex(jacobian(residual, x), f.unsqueeze(-1))
+        matrix = jacobian(residual, x)
+        if not bool(matrix.isfinite().all()):
+            spoilt |= bool((~matrix.isfinite().flatten(-2).all(-1) & f.isfinite().all(-1)).any())
+            smallest = tolerance if scale is None else tolerance * scale
+            matrix = fill_by_differences(matrix, residual, x, f, smallest)
+        solution, info = torch.linalg.solve_ex(matrix, f.unsqueeze(-1))
         return -solution.squeeze(-1).masked_fill(info.unsqueeze(-1) != 0, math.inf)
 
     result = _iterate(update, x, tolerance, scale, max_iterations, max_rate, first_rate, damping)
-    return _finish(lambda x: (residual(x), None), result, throw)
+    return _finish(lambda x: (residual(x), None), result, throw, "Jacobian" if spoilt else None)
 
 
 class _Jacobi:
@@ -193,12 +204,15 @@ class _Jacobi:
     def __init__(self, residual: ResidualWithDiagonal) -> None:
         self._residual = residual
         self._first: Tensor | None = None
+        #: Whether a first diagonal was not finite where F was.
+        self.is_spoilt = False
 
     def __call__(self, x: Tensor) -> Tensor:
         f, diagonal = self._residual(x)
         if self._first is None:
             self._first = diagonal
-        safe = torch.where(diagonal / self._first > _SAFE, diagonal, self._first)
+            self.is_spoilt = bool((f.isfinite() & ~diagonal.isfinite()).any())
+        safe = torch.where(diagonal.isfinite() & (diagonal / self._first > _SAFE), diagonal, self._first)
         # The ratio is not finite where the first diagonal was 0; a coordinate that is a root already may stay.
         return torch.where(f == 0, 0.0, torch.where(safe.isfinite(), -f / safe, math.inf))
 
@@ -265,15 +279,22 @@ def _norm(x: Tensor, scale: Tensor | None) -> Tensor:
     return (x if scale is None else x / scale).square().mean(-1).sqrt()
 
 
-def _finish(function: Callable[[Tensor], tuple[Tensor, Tensor | None]], result: RootResult, throw: bool) -> RootResult:
+def _finish(
+    function: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    result: RootResult,
+    throw: bool,
+    spoilt: str | None = None,
+) -> RootResult:
+    """The result with gradients, or an error, which names a derivative that was not finite where F was."""
     if throw and not bool(result.converged.all()):
         failed = (~result.converged).nonzero()
         sample = tuple(failed[0].tolist())
+        reason = f". The {spoilt} is not finite where F is: {_ADVICE}" if spoilt else ""
         raise RootError(
             f"{len(failed)} of {result.converged.numel()} samples have not converged, the first being {sample} after "
             f"{int(result.iterations[sample])} iterations at a rate of {float(result.rate[sample]):.3g} (infinite: F "
             "or its update is not finite, the Jacobian or its diagonal is singular; 1 or more: it diverges). Begin "
-            "closer to the root, raise max_iterations or tolerance, lower damping, or use newton",
+            f"closer to the root, raise max_iterations or tolerance, lower damping, or use newton{reason}",
             result=result,
         )
     if not torch.is_grad_enabled():
@@ -294,6 +315,7 @@ def attach(residual: Tensor, root: Tensor, function: Callable[[Tensor], tuple[Te
     :param function: maps x to F, or what of it depends on x, and to the diagonal of its Jacobian or, for a dense solve,
         None; it is called at once, as what it depends on may be another thing at the time of the backward pass.
     :returns: a tensor equal to the root; without gradients if the residual has none.
+    :raises RootError: in the backward pass, if the Jacobian at the root is not finite.
     """
     if not residual.requires_grad:
         return root
@@ -335,4 +357,7 @@ def _solve_transposed(f: Tensor, x: Tensor, diagonal: Tensor | None, gradient: T
     dense = torch.stack([product(row.expand_as(x)) for row in basis], dim=-2)
     # A sample without a gradient, such as one that has not converged, may have a singular Jacobian.
     used = (gradient != 0).any(-1)[..., None, None]
-    return torch.linalg.solve(torch.where(used, dense, basis).mT, gradient.unsqueeze(-1)).squeeze(-1)
+    dense = torch.where(used, dense, basis)
+    if not bool(dense.isfinite().all()):
+        raise RootError(f"gradients of a root need its Jacobian, which is not finite there: {_ADVICE}")
+    return torch.linalg.solve(dense.mT, gradient.unsqueeze(-1)).squeeze(-1)
