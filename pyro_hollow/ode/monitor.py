@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .implicit_methods import METHODS as IMPLICIT_METHODS
 
@@ -56,6 +56,9 @@ class SolverStats:
     :ivar diagonals: evaluations, among all of them, that also gave the diagonal of the Jacobian.
     :ivar jacobians: dense Jacobians of implicit methods, by d backward passes each.
     :ivar fallbacks: equations that dense Newton had to solve for Jacobi-Newton.
+    :ivar backend: the code that ran: "compiled", "tape", "torchdiffeq", "implicit" or "scipy"; empty if there was
+        nothing to solve.
+    :ivar reason: why no faster code ran, where one was asked for or is the default; else empty.
     """
 
     nfe: int = 0
@@ -65,6 +68,8 @@ class SolverStats:
     diagonals: int = 0
     jacobians: int = 0
     fallbacks: int = 0
+    backend: str = ""
+    reason: str = ""
 
 
 #: What can go wrong: a word in torchdiffeq's message to what we say and advise.
@@ -111,6 +116,26 @@ _FAILURES = {
         "options['solver'].",
     ),
 }
+
+
+#: What to do about parameters that are not finite.
+ADVICE = "Training has diverged: restore a checkpoint or start anew, with a lower learning rate or clipped gradients."
+
+
+def blame_parameters(field: object) -> str:
+    """
+    Names the parameters and buffers that are not finite, the first few of them; empty where all are finite.
+
+    :param field: a module; or a vector field with an attribute ``network``, its module, or ``tensors``.
+    """
+    module = field if isinstance(field, nn.Module) else getattr(field, "network", None)
+    if module is None:
+        named = [(f"tensors[{i}]", tensor) for i, tensor in enumerate(getattr(field, "tensors", None) or ())]
+    else:
+        named = [*module.named_parameters(), *module.named_buffers()]
+    bad = [name for name, tensor in named if not are_finite(tensor)]
+    rest = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return f"parameters are not finite: {', '.join(bad[:3])}{rest}" if bad else ""
 
 
 class Monitor:
@@ -195,6 +220,8 @@ class Monitor:
         time, sample = math.nan, (0,) * len(self.batch_shape)
         if self._last is not None:
             time, sample = float(self._last[0].detach()), self._worst_sample(self._last[1])
+        if blame := blame_parameters(self.field):
+            reason, advice = f"{blame}: {reason}", ADVICE
         solver, nfe = self.solver, self.stats.nfe + self.stats.nfe_backward
         return SolverError(
             f"{reason} at t = {time:.6g} after {nfe} evaluations (method {solver.method!r}, rtol = {solver.rtol:g}, "
