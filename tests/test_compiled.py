@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -141,7 +141,7 @@ def test_statistics(method):
         return flow.last_solve
 
     expected, actual = both_ways(flow, statistics)
-    assert actual == expected
+    assert actual == dataclasses.replace(expected, backend="compiled")
 
 
 @pytest.mark.parametrize("method", ["heun2", "dopri5"])
@@ -288,31 +288,59 @@ def test_gradients_leave_their_arguments_alone():
 
 
 NOT_COMPILED = {
-    "masked": dict(input_dim=3, conditioner="masked", hidden_dims=[8, 4]),
-    "softplus": dict(input_dim=3, hidden_dims=[8], activation="softplus"),
-    "large": dict(input_dim=64),
+    "masked": (dict(input_dim=3, conditioner="masked", hidden_dims=[8, 4]), "masked conditioner"),
+    "softplus": (dict(input_dim=3, hidden_dims=[8], activation="softplus"), "activation 'softplus'"),
+    "large": (dict(input_dim=64), "network and batch are too large"),
 }
 
 
 @pytest.mark.parametrize("name", NOT_COMPILED)
-def test_others_go_by_tape(name):
-    flow = hollow_cnf(**NOT_COMPILED[name], solver=Solver("rk4", compile=True))
-    with counted_tapes() as kinds:
-        flow(torch.randn(32, flow.nn.input_dim))
-    assert kinds == [HollowTape]
+def test_others_go_by_tape_and_say_why_once(name):
+    settings, reason = NOT_COMPILED[name]
+    flow = hollow_cnf(**settings, solver=Solver("rk4", compile=True), cache_size=0)
+    x = torch.randn(32, flow.nn.input_dim)
+    with counted_tapes() as kinds, pytest.warns(UserWarning, match=f"compile=True has no effect.*{reason}.*'silu'"):
+        flow(x)
+    flow(x)
+    assert set(kinds) == {HollowTape}
+    assert flow.last_solve.backend == "tape"
+    assert reason in flow.last_solve.reason
 
 
-@pytest.mark.parametrize("name", ["leave-one-out", "of torchdiffeq", "adjoint"])
-def test_others_without_a_tape(name):
-    """What has no tape is solved as ever."""
-    conditioner = "leave-one-out" if name == "leave-one-out" else "grouped"
-    settings = {"method": "adaptive_heun"} if name == "of torchdiffeq" else {"adjoint": name == "adjoint"}
-    flow = strengthen(hollow_cnf(3, [8], conditioner=conditioner, cache_size=0), 0.1)
+NO_TAPE = {
+    "leave-one-out": (dict(conditioner="leave-one-out"), {}, "grouped or masked conditioner"),
+    "regularized": (dict(regularize=True), {}, "without regularize=True"),
+    "of torchdiffeq": ({}, dict(method="adaptive_heun"), "method 'adaptive_heun'"),
+    "implicit": ({}, dict(method="bdf"), "method 'bdf'"),
+    "adjoint": ({}, dict(adjoint=True), "adjoint=True"),
+    "options": ({}, dict(options={"first_step": 0.1}), r"options \['first_step'\]"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TAPE)
+def test_others_without_a_tape_are_solved_as_ever_and_say_why_once(name):
+    network, settings, reason = NO_TAPE[name]
+    flow = strengthen(hollow_cnf(3, [8], **network, cache_size=0), 0.1)
     x, answers = torch.randn(4, 3), []
-    for compile in (False, True):
-        flow.solver = Solver(**settings, compile=compile)
+    flow.solver = Solver(**settings)
+    torch.manual_seed(0)
+    answers.append(gradients_of(flow, flow, x))
+    flow.solver = Solver(**settings, compile=True)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=f"compile=True has no effect.*{reason}"):
         answers.append(gradients_of(flow, flow, x))
+    flow(x)
     assert_close(*answers, 0)
+    assert flow.last_solve.backend == ("implicit" if name == "implicit" else "torchdiffeq")
+
+
+def test_the_statistics_tell_that_compiled_code_ran():
+    flow = hollow_cnf(2, [4], solver=Solver(compile=True), cache_size=0)
+    flow(torch.randn(3, 2))
+    assert (flow.last_solve.backend, flow.last_solve.reason) == ("compiled", "")
+    flow.solver = "dopri5"
+    flow(torch.randn(3, 2))
+    assert (flow.last_solve.backend, flow.last_solve.reason) == ("tape", "")
 
 
 def test_failures_are_told():
@@ -387,7 +415,9 @@ def test_no_compiler(fresh, monkeypatch, name):
         guide()
     for kwargs in ({"penalty": 1e-3}, {"activation": "softplus"}, {"conditioner": "masked", "hidden_dims": [4, 4]}):
         pyro.clear_param_store()
-        AutoHollowCNF(two_normals, compile=True, **kwargs)()  # nothing to compile
+        said = nullcontext() if "penalty" in kwargs else pytest.warns(UserWarning, match="compile=True has no effect")
+        with said:  # a penalty begins after the warm-up
+            AutoHollowCNF(two_normals, compile=True, **kwargs)()  # nothing to compile
     monkeypatch.undo()
     pyro.clear_param_store()
     guide()  # and as if nothing had happened
@@ -414,8 +444,11 @@ def test_guide(kwargs):
         pyro.set_rng_seed(0)
         guide = AutoHollowCNF(two_normals, compile=compile, warm_up=5, **kwargs)
         svi = SVI(two_normals, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(8, vectorize_particles=True))
-        with counted_tapes() as kinds:
+        silent = not compile or "penalty" not in kwargs
+        said = nullcontext() if silent else pytest.warns(UserWarning, match="without regularize=True")
+        with counted_tapes() as kinds, said as warned:
             losses.append([svi.step() for _ in range(30)])
+        assert silent or len(warned) == 1  # once, not every step
         assert (CompiledTape in kinds) == (compile and "penalty" not in kwargs)
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert len(set(losses[1])) == 30

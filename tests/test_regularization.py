@@ -4,6 +4,7 @@
 """What ``regularize=True`` integrates along, against Jacobians by brute force along a path that is solved tightly."""
 
 import copy
+import inspect
 import itertools
 import pickle
 from functools import partial
@@ -363,14 +364,14 @@ def test_samples_in_inference_mode_are_not_remembered():
     flow = unconditional(2, solver=QUICK)
     with torch.inference_mode():
         flow(draw(flow, 4))
-        with pytest.raises(RuntimeError, match="inference"):
+        with pytest.raises(AttributeError, match="inference"):
             _ = flow.regularization
 
 
 def test_changing_the_mode_of_gradients_forgets():
     flow = unconditional(2, solver=QUICK)
     flow(draw(flow, 4))
-    with torch.no_grad(), pytest.raises(RuntimeError, match="latest call"):
+    with torch.no_grad(), pytest.raises(AttributeError, match="latest call"):
         _ = flow.regularization
 
 
@@ -405,7 +406,7 @@ def test_for_a_density():
     flow_dist = dist.TransformedDistribution(base(2), [flow])
     data = draw(flow, 5)
     log_prob = flow_dist.log_prob(data)
-    with pytest.raises(RuntimeError, match="log_prob"):
+    with pytest.raises(AttributeError, match="log_prob"):
         _ = flow.regularization
     x, ladj = flow.inv.call_and_ladj(data)
     assert_close(base(2).log_prob(x) + ladj, log_prob, rtol=1e-9, atol=1e-9)
@@ -418,10 +419,10 @@ def test_error_without_regularize(make):
     flow = make(2, solver=QUICK)
     flow.regularize = False
     flow(draw(flow, 3))
-    with pytest.raises(RuntimeError, match="regularize=True"):
+    with pytest.raises(AttributeError, match="regularize=True"):
         _ = flow.regularization
     flow.regularize = True  # too late for the pair, which has none
-    with pytest.raises(RuntimeError, match="latest call"):
+    with pytest.raises(AttributeError, match="latest call"):
         _ = flow.regularization
 
 
@@ -436,13 +437,13 @@ def test_default_is_without():
     for flow in flows:
         flow(torch.randn(3, 2))
         assert not flow.regularize
-        with pytest.raises(RuntimeError, match="regularize=True"):
+        with pytest.raises(AttributeError, match="regularize=True"):
             _ = flow.regularization
 
 
 @every_kind
 def test_error_without_a_call(make):
-    with pytest.raises(RuntimeError, match="call the flow first"):
+    with pytest.raises(AttributeError, match="call the flow first"):
         _ = make(2).regularization
 
 
@@ -503,7 +504,7 @@ FORGETFUL = {
 def test_error_without_a_latest_pair(make, change):
     flow = make(2, solver=QUICK)
     change(flow)
-    with pytest.raises(RuntimeError, match="before the backward pass"):
+    with pytest.raises(AttributeError, match="before the backward pass"):
         _ = flow.regularization
 
 
@@ -511,13 +512,13 @@ def test_error_without_a_latest_pair(make, change):
 def test_error_without_cache(make):
     flow = make(2, solver=QUICK, cache_size=0)
     flow(draw(flow, 3))
-    with pytest.raises(RuntimeError, match="cache_size=1"):
+    with pytest.raises(AttributeError, match="cache_size=1"):
         _ = flow.regularization
     cached = flow.with_cache(1)
     cached(draw(flow, 3))
     assert (cached.regularization.penalty() > 0).all()
     uncached = cached.with_cache(0)
-    with pytest.raises(RuntimeError, match="cache_size=1"):
+    with pytest.raises(AttributeError, match="cache_size=1"):
         _ = uncached.regularization
 
 
@@ -546,7 +547,7 @@ def test_copies(make, duplicate):
     flow(x)
     twin = duplicate(flow)
     assert twin.regularize
-    with pytest.raises(RuntimeError, match="latest call"):
+    with pytest.raises(AttributeError, match="latest call"):
         _ = twin.regularization
     twin(x)
     assert_close(twin.regularization, flow.regularization, rtol=1e-9, atol=1e-9)
@@ -655,3 +656,13 @@ def test_training_with_a_penalty():
             flow(torch.randn(500, 2))
             penalties[weight] = flow.regularization.penalty().mean()
     assert penalties[3.0] < 0.8 * penalties[None]
+
+
+def test_reading_an_attribute_raises_nothing_but_attribute_error():
+    for flow in (unconditional(2), hollow_cnf(2), conditional_hollow_cnf(2, 1).condition(torch.zeros(1))):
+        assert not hasattr(flow, "regularization")
+        inspect.getmembers(flow)
+        with pytest.raises(AttributeError, match="regularization (needs|is that of the latest call)"):
+            _ = flow.regularization
+        with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+            _ = flow.nonsense

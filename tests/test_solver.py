@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from pyro import poutine
 from torch import nn
 
 from pyro_hollow.ode import METHODS, Solver, SolverError
+from pyro_hollow.transforms import free_form_cnf, hollow_cnf
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
@@ -682,3 +683,36 @@ def test_what_is_not_a_solver_is_refused_by_name(value: object) -> None:
 def test_an_unknown_name_of_a_solver_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="method must be one of .*'dopri5'.*but got 'dopri'"):
         Solver.of("dopri")
+
+
+def spoil(module: torch.nn.Module, value: float) -> torch.nn.Module:
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.view(-1)[0] = value
+    return module
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{}, {"method": "rk4"}, {"method": "bdf"}, {"adjoint": True}], ids=str)
+def test_parameters_that_are_not_finite_are_named_before_the_field(value: float, settings: dict[str, Any]) -> None:
+    for flow in (hollow_cnf(2, solver=Solver(**settings)), free_form_cnf(2, solver=Solver(**settings))):
+        spoil(flow.nn, value)
+        first = next(name for name, _ in flow.nn.named_parameters())
+        with pytest.raises(SolverError, match=rf"^parameters are not finite: {first}, .* more: .*checkpoint"):
+            flow(torch.zeros(3, 2))
+        with pytest.raises(ValueError, match=rf"^parameters are not finite: {first}, .*input must be finite"):
+            flow(torch.full((3, 2), math.nan))
+
+
+def test_parameters_of_a_module_and_tensors_of_a_field_are_named() -> None:
+    class Field(torch.nn.Linear):
+        def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x)
+
+    module = spoil(Field(2, 2), math.nan)
+    with pytest.raises(SolverError, match="^parameters are not finite: weight, bias: state"):
+        Solver().integrate(module, torch.zeros(3, 2), 0.0, 1.0)
+    module = Field(2, 2)
+    torch.nn.init.constant_(module.weight, 1e300)
+    with pytest.raises(SolverError, match="^(?!parameters)"):  # finite, so the field is at fault
+        Solver().integrate(module, torch.ones(3, 2), 0.0, 1.0)

@@ -145,23 +145,29 @@ class CompiledTape(HollowTape):
     takes_steps = True
 
     @staticmethod
-    def suits(conditioner: BoundDense, transformer: BoundClosedForm, batch_shape: torch.Size) -> bool:
-        """Whether there is compiled code for a field, and it is faster."""
+    def obstacle(conditioner: BoundDense, transformer: BoundClosedForm, batch_shape: torch.Size) -> str:
+        """Why there is no compiled code for a field, or none that is faster; empty if there is."""
         tensors = (*conditioner.tensors, *transformer.tensors)
         dtype, d, width = conditioner.weight.dtype, conditioner.weight.shape[1] - 1, transformer.width
         matrices = [conditioner.weight, *(weight for _, weight in conditioner.layers), transformer.weight]
         known = [ACTIVATIONS[name] for name in ("silu", "tanh")]
-        return (
-            conditioner.streams == 1
-            and conditioner.activation in known
-            and transformer.activation in known
-            and dtype in _TYPES
-            and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
-            and transformer.input_weight.shape == (d, width, 1)
-            and transformer.output_weight.shape == (d, 1, width)
-            and transformer.weight.shape[:2] == (d, width + 2)
-            and batch_shape.numel() * sum(matrix.numel() for matrix in matrices) <= _MAX_PRODUCTS
-        )
+        if conditioner.streams != 1:
+            return "there is no compiled code for a masked conditioner"
+        if conditioner.activation not in known or transformer.activation not in known:
+            return "there is no compiled code for the activation 'softplus'"
+        if dtype not in _TYPES or any(tensor.dtype != dtype for tensor in tensors):
+            return f"there is no compiled code for {dtype}"
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            return f"there is no compiled code for the device type {conditioner.weight.device.type!r}"
+        if (
+            transformer.input_weight.shape != (d, width, 1)
+            or transformer.output_weight.shape != (d, 1, width)
+            or transformer.weight.shape[:2] != (d, width + 2)
+        ):
+            return "there is no compiled code for a transformer whose weights have other shapes"
+        if batch_shape.numel() * sum(matrix.numel() for matrix in matrices) > _MAX_PRODUCTS:
+            return "network and batch are too large for it to be faster"
+        return ""
 
     def __init__(self, conditioner: BoundDense, transformer: BoundClosedForm, batch_shape: torch.Size) -> None:
         super().__init__(conditioner, transformer, batch_shape)

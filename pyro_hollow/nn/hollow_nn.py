@@ -103,10 +103,11 @@ class HollowField:
             return None
         key = torch.Size(batch_shape), compile
         if key not in self._tapes:
-            compiled = compile and CompiledTape.suits(self.conditioner, self.transformer, key[0])
-            kind = CompiledTape if compiled else HollowTape
+            reason = CompiledTape.obstacle(self.conditioner, self.transformer, key[0]) if compile else ""
+            kind = CompiledTape if compile and not reason else HollowTape
             with torch.no_grad():
                 self._tapes[key] = kind(self.conditioner, self.transformer, key[0])
+            self._tapes[key].reason = reason
         return self._tapes[key].renewed()
 
 

@@ -179,6 +179,9 @@ class HollowTape:
     :param batch_shape: the batch shape ``(*,)`` of the states.
     """
 
+    #: What kept it from being compiled, if that was asked for.
+    reason = ""
+
     def __init__(self, conditioner: BoundDense, transformer: BoundClosedForm, batch_shape: torch.Size) -> None:
         self._batch_shape = batch_shape
         self._bound = (*conditioner.tensors, *transformer.tensors)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .implicit_methods import METHODS as IMPLICIT_METHODS
 
@@ -58,6 +58,9 @@ class SolverStats:
     :ivar fallbacks: equations that dense Newton had to solve for Jacobi-Newton.
     :ivar difference_jacobians: dense Jacobians, among all of them, that were not finite where the field was, and whose
         entries were replaced by difference quotients.
+    :ivar backend: the code that ran: "compiled", "tape", "plain" (under torch.func), "torchdiffeq", "implicit" or
+        "scipy"; empty if there was nothing to solve.
+    :ivar reason: why no faster code ran, where one was asked for or is the default; else empty.
     """
 
     nfe: int = 0
@@ -68,6 +71,8 @@ class SolverStats:
     jacobians: int = 0
     fallbacks: int = 0
     difference_jacobians: int = 0
+    backend: str = ""
+    reason: str = ""
 
 
 #: What can go wrong: a word in torchdiffeq's message to what we say and advise.
@@ -126,6 +131,26 @@ _FAILURES = {
         "options['solver'].",
     ),
 }
+
+
+#: What to do about parameters that are not finite.
+ADVICE = "Training has diverged: restore a checkpoint or start anew, with a lower learning rate or clipped gradients."
+
+
+def blame_parameters(field: object) -> str:
+    """
+    Names the parameters and buffers that are not finite, the first few of them; empty where all are finite.
+
+    :param field: a module; or a vector field with an attribute ``network``, its module, or ``tensors``.
+    """
+    module = field if isinstance(field, nn.Module) else getattr(field, "network", None)
+    if module is None:
+        named = [(f"tensors[{i}]", tensor) for i, tensor in enumerate(getattr(field, "tensors", None) or ())]
+    else:
+        named = [*module.named_parameters(), *module.named_buffers()]
+    bad = [name for name, tensor in named if not are_finite(tensor)]
+    rest = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return f"parameters are not finite: {', '.join(bad[:3])}{rest}" if bad else ""
 
 
 class Monitor:
@@ -212,6 +237,8 @@ class Monitor:
         time, sample = math.nan, (0,) * len(self.batch_shape)
         if last is not None:
             time, sample = float(last[0].detach()), self._worst_sample(last[1])
+        if blame := blame_parameters(self.field):
+            reason, advice = f"{blame}: {reason}", ADVICE
         solver, nfe = self.solver, self.stats.nfe + self.stats.nfe_backward
         return SolverError(
             f"{reason} at t = {time:.6g} after {nfe} evaluations (method {solver.method!r}, rtol = {solver.rtol:g}, "

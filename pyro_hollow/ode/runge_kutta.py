@@ -183,6 +183,8 @@ class Path:
         step if it is a :class:`StepTape`.
     :ivar nfe: evaluations.
     :ivar rejected: rejected steps.
+    :ivar compiled: whether the tape took whole steps in compiled code.
+    :ivar reason: what kept the tape from being compiled.
     """
 
     x: Tensor
@@ -191,6 +193,12 @@ class Path:
     records: list[tuple[Tensor, ...]] = field(default_factory=list)
     nfe: int = 0
     rejected: int = 0
+    compiled: bool = False
+    reason: str = ""
+
+
+def _start(tape: Tape, x: Tensor, times: list[float]) -> Path:
+    return Path(x, x.new_zeros(x.shape[1:]), times, compiled=_takes_steps(tape), reason=getattr(tape, "reason", ""))
 
 
 Record = tuple[Tensor, Tensor, tuple[Tensor, ...]]
@@ -261,7 +269,7 @@ def fixed(tableau: Tableau, times: Sequence[float]) -> March:
     """Steps along a grid of times."""
 
     def march(tape: Tape, x: Tensor, keep: bool) -> Path:
-        path = Path(x, x.new_zeros(x.shape[1:]), list(times))
+        path = _start(tape, x, list(times))
         for t, end in zip(times[:-1], times[1:], strict=True):
             step = _take(tape, tableau, t, end, path, None, None)
             path.x, path.integral = step.x, step.integral
@@ -282,7 +290,8 @@ def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, m
     """
 
     def march(tape: Tape, x: Tensor, keep: bool) -> Path:
-        path, steps = Path(x, x.new_zeros(x.shape[1:]), [t0], nfe=1), 1
+        path, steps = _start(tape, x, [t0]), 1
+        path.nfe = 1
         known = None  # of the field at the beginning of the next step
         smallest = torch.finfo(x.dtype).eps * max(abs(t0), abs(t1))
         while path.times[-1] != t1:
@@ -337,7 +346,7 @@ def _take(
         _error(tableau, h, path.x, x, (*slopes, last[0]), *tolerances).mean(0).max(),
         _error(tableau, h, path.integral, integral, (*integrands, last[1]), *tolerances).max(),
     )
-    return _Step(x, integral, list(saved), records[0], last, math.sqrt(float(error)))
+    return _Step(x, integral, list(saved), records[0], last, math.sqrt(float(error.detach())))
 
 
 def _stages(tape: Tape, tableau: Tableau, t: float, h: float, x: Tensor, known: list[Record]) -> list[Record]:

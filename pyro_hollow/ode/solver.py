@@ -36,6 +36,11 @@ _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _ADAMS = ("explicit_adams", "implicit_adams")
 
+_NO_TAPE = (
+    "there is none for this field: for one of a grouped or masked conditioner and a closed-form transformer, without "
+    "regularize=True, alone"
+)
+
 #: The names of the methods, with the options that each one knows.
 METHODS: dict[str, frozenset[str]] = {
     **dict.fromkeys(_ADAPTIVE, _ADAPTIVE_OPTIONS),
@@ -95,7 +100,8 @@ class Solver:
     in one step; later steps divide what is left of it evenly. (With other options than "step_size", under autocast and
     when traced or transformed, torchdiffeq solves.) With ``compile=True`` such solves run in compiled code where the
     network is small: on a CPU, for a grouped conditioner, the activations "silu" and "tanh", and up to 4 million
-    products of samples and weights in an evaluation (32 samples up to about 40 dimensions); all else runs as without.
+    products of samples and weights in an evaluation (32 samples up to about 40 dimensions); all else runs as without,
+    with a warning that says why, and :class:`SolverStats` tell which code ran.
     With their backward pass they take 0.4 to 0.7 of the time up to 10 dimensions, and hardly less at 40. It takes a C
     compiler (the one that the environment variable CC names, or cc, gcc or clang) and, once in each process, a second
     to compile.
@@ -144,6 +150,8 @@ class Solver:
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, but got {value}")
         object.__setattr__(self, "options", dict(self.options))
+        #: Why compile=True had no effect, as far as said: no field, as it is no setting.
+        object.__setattr__(self, "_said", set())
         scipy_method = self.options.get("solver", "LSODA")
         if self.method == "scipy_solver" and scipy_method not in _SCIPY:
             raise ValueError(f"options['solver'] must be one of {_SCIPY}, but got {scipy_method!r}")
@@ -204,11 +212,15 @@ class Solver:
                 "those of the example. Use a method of fixed step, for example Solver('rk4')."
             )
         tensors = self._check_gradients(field, state)
-        if (taped := self._by_tape(field, state, times, stats)) is not None:
+        stats.reason = self._why_no_tape(field, state)
+        if not stats.reason and (taped := self._by_tape(field, state, times, stats)) is not None:
+            self._warn_if_not_compiled(stats)
             return Solution(taped, stats)
         if runge_kutta.is_functional() and (plain := self._by_plain_steps(field, state, times, stats)) is not None:
+            stats.backend = "plain"
             return Solution(plain, stats)
         own = self.method in IMPLICIT_METHODS
+        stats.backend = "implicit" if own else "scipy" if self.method == "scipy_solver" else "torchdiffeq"
         watch = Monitor if own or self.method == "scipy_solver" else StepMonitor
         monitor = watch(field, self, stats, first.shape[:-1], (t0, t1))
         times = times.to(first.device)
@@ -228,18 +240,45 @@ class Solver:
         if not are_finite(end):
             raise monitor.first_non_finite(lambda probe: self._odeint(probe, state, times, None))
         monitor.forget()
+        self._warn_if_not_compiled(stats)
         if self.adjoint:
             for part in parts(end):
                 if part.requires_grad:
                     part.register_hook(_before_backward(monitor))
         return Solution(end, stats)
 
+    def _why_no_tape(self, field: VectorField, state: State) -> str:
+        """What speaks against a tape; empty if the field may be asked for one."""
+        if self.method not in runge_kutta.TABLEAUS:
+            return f"there is none for the method {self.method!r}"
+        if self.adjoint:
+            return "there is none for adjoint=True"
+        if others := set(self.options) - (set() if self.adaptive else {"step_size"}):
+            return f"there is none for the options {sorted(others)}"
+        if not hasattr(field, "tape") or isinstance(state, Tensor):
+            return _NO_TAPE
+        if runge_kutta.is_transformed():
+            return "the solve is traced or transformed"
+        return "autocast is on" if torch.is_autocast_enabled(state[0].device.type) else ""
+
+    def _warn_if_not_compiled(self, stats: SolverStats) -> None:
+        """Says once per solver and reason that compile=True has no effect."""
+        said: set[str] = vars(self).setdefault("_said", set())
+        if not self.compile or stats.backend == "compiled" or stats.reason in said:
+            return
+        said.add(stats.reason)
+        warnings.warn(
+            f"compile=True has no effect on this solve: {stats.reason}. There is compiled code for the methods "
+            f"{', '.join(runge_kutta.TABLEAUS)} without adjoint=True, options but 'step_size' and autocast; on a CPU, "
+            "in float32 and float64; for a grouped conditioner and a closed-form transformer, both with the activation "
+            "'silu' or 'tanh'; and up to 4 million products of samples and weights in an evaluation",
+            UserWarning,
+            stacklevel=3,
+        )
+
     def _by_tape(self, field: VectorField, state: State, times: Tensor, stats: SolverStats) -> State | None:
-        """The state at the end, if the field has a tape and the method takes one, and if all goes well."""
-        if self.adjoint or not hasattr(field, "tape") or runge_kutta.is_transformed():
-            return None
-        if isinstance(state, Tensor) or torch.is_autocast_enabled(state[0].device.type):
-            return None
+        """The state at the end, if the field has a tape for it, and if all goes well; else the reason in stats."""
+        stats.reason = "its tape did not reach the end"
         if (method := self._march(times)) is None:
             return None
         tableau, march = method
@@ -253,9 +292,12 @@ class Solver:
             result = runge_kutta.solve(taped, generic, tableau, march, x, next(iter(scores), None), self.compile)
         except ArithmeticError:
             return None
+        if result is None:
+            stats.reason = _NO_TAPE
         if result is None or not are_finite(result[0]):
             return None
         (end, change, *scores), path = result
+        stats.backend, stats.reason = "compiled" if path.compiled else "tape", path.reason
         stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
         return end, change + integral, *scores
 

@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 from pyro_hollow.nn.arguments import closest_keywords
 from pyro_hollow.ode import Solver, SolverStats
+from pyro_hollow.ode.monitor import ADVICE, blame_parameters
 from pyro_hollow.ode.runge_kutta import is_batched
 
 __all__ = ["ConditionalCNF", "ConditionedCNF", "Dynamics", "Field"]
@@ -70,6 +71,8 @@ class _InverseCNF(_InverseTransform):
 class _Augmented:
     """The dynamics of the pair (state, log-determinant)."""
 
+    network: nn.Module
+
     def __init__(self, field: Field) -> None:
         self.tensors = field.tensors
         self._field = field
@@ -102,6 +105,8 @@ class Dynamics(Protocol):
     """The right-hand side of a solve for the state, its log-determinant and what else is integrated along."""
 
     tensors: tuple[Tensor, ...]
+    #: Whose parameters an error of the solver may name.
+    network: nn.Module
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The time derivatives of the parts of the state."""
@@ -349,6 +354,7 @@ class ConditionedCNF(_HasSolver, Transform):
                 return self._integrate(state.clone(), t0, t1, None if score is None else score.clone())
         ladj = state.new_zeros(state.shape[:-1])
         dynamics, extras = self._dynamics(state) if score is None else (_Scored(self._bind()), (score,))
+        dynamics.network = self.nn
         solution = self.solver.integrate(dynamics, (state, ladj, *extras), t0, t1)
         self._record.last = solution.stats
         return solution.state
@@ -377,8 +383,8 @@ class ConditionedCNF(_HasSolver, Transform):
                     f"context has batch shape {tuple(batch)}, which does not broadcast to the input's {tuple(own)}; "
                     "expand the base distribution, or the data that is scored, to the batch shape of the context"
                 )
-            _check_finite("context", self.context)
-        _check_finite("input", x)
+            _check_finite("context", self.context, self.nn)
+        _check_finite("input", x, self.nn)
 
     def clear_cache(self) -> None:
         """Forgets the latest pair."""
@@ -441,13 +447,15 @@ class ConditionedCNF(_HasSolver, Transform):
         return {**super().__getstate__(), "_cached": None, "_inv": None}
 
 
-def _check_finite(name: str, value: Tensor) -> None:
+def _check_finite(name: str, value: Tensor, network: nn.Module) -> None:
     if is_batched(value):
         return  # vmap allows no decision by values
     finite = torch.isfinite(value)
     if not bool(finite.all()):
         sample = tuple((~finite).any(-1).nonzero()[0].tolist())
-        raise ValueError(f"{name} must be finite, but sample {sample} is not")
+        blame = blame_parameters(network)
+        first, last = (f"{blame}; and ", f". {ADVICE}") if blame else ("", "")
+        raise ValueError(f"{first}{name} must be finite, but sample {sample} is not{last}")
 
 
 def _check_time(time: float) -> None:

@@ -64,6 +64,8 @@ class Regularization(NamedTuple):
 class _Regularized:
     """The dynamics of (state, log-determinant, the integrals of a :class:`Regularization`)."""
 
+    network: torch.nn.Module
+
     def __init__(self, field: HollowField, probe: Tensor) -> None:
         self.tensors = field.tensors
         self.state_field = self._field = field
@@ -124,18 +126,30 @@ class ConditionedHollowCNF(ConditionedCNF):
         """
         What the latest call has integrated along, with gradients; it is forgotten with the cached pair.
 
-        :raises RuntimeError: without ``regularize=True``, and if there is no latest pair.
+        :raises AttributeError: without ``regularize=True``, and if there is no latest pair.
         """
-        if not self.regularize:
-            raise RuntimeError("regularization needs regularize=True, so that it is integrated along")
-        cached = self._lookup()
+        cached = self._lookup() if self.regularize else None
         if cached is None or not cached.extras:
-            raise RuntimeError(
-                "regularization is that of the latest call, but there is none: call the flow first, and ask before "
-                "parameters change, before the backward pass, and with cache_size=1. log_prob of data forgets its "
-                "pair: use flow.inv.call_and_ladj(data); inputs made in inference mode are not remembered"
-            )
+            raise AttributeError(_no_regularization(self.regularize))
         return Regularization(*cached.extras[0].unbind(-1))
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached when the property has raised, too; that of a module would say that there is no such attribute.
+        if name == "regularization":
+            raise AttributeError(_no_regularization(self.regularize))
+        if isinstance(self, torch.nn.Module):
+            return torch.nn.Module.__getattr__(self, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _no_regularization(regularize: bool) -> str:
+    if not regularize:
+        return "regularization needs regularize=True, so that it is integrated along"
+    return (
+        "regularization is that of the latest call, but there is none: call the flow first, and ask before "
+        "parameters change, before the backward pass, and with cache_size=1. log_prob of data forgets its "
+        "pair: use flow.inv.call_and_ladj(data); inputs made in inference mode are not remembered"
+    )
 
 
 @copy_docs_from(TransformModule)
