@@ -275,20 +275,16 @@ def test_a_saved_training_goes_on_as_if_it_had_not_stopped(way, calls, settings)
     guide, optim = make(), Adam({"lr": 0.05})
     steps(guide, optim, calls)
     state, random = copy.deepcopy(optim.get_state()), torch.get_rng_state()
-    expected = steps(copy.deepcopy(guide), optim, 0) + steps(guide, optim, 0)
-    saved = way(guide, make) if way is not by_state_dict else by_state_dict(guide, make)
-    reference = copy.deepcopy(guide)
+    uninterrupted = copy.deepcopy(guide)
     losses = []
-    for each in (saved, reference):
-        if each is reference:
+    for each in (way(guide, make), uninterrupted):
+        if each is uninterrupted:
             pyro.clear_param_store()
-        fresh = Adam({"lr": 0.05})
-        fresh.set_state(copy.deepcopy(state))
+        optim = Adam({"lr": 0.05})
+        optim.set_state(copy.deepcopy(state))
         torch.set_rng_state(random)
-        losses.append(steps(each, fresh, 5))
+        losses.append(steps(each, optim, 5))
     assert losses[0] == losses[1]
-    assert expected == []
-    assert_close(saved.affine, reference.affine, rtol=0, atol=0)
 
 
 # Particles

@@ -155,7 +155,9 @@ class CompiledTape(HollowTape):
             return "there is no compiled code for a masked conditioner"
         if conditioner.activation not in known or transformer.activation not in known:
             return "there is no compiled code for the activation 'softplus'"
-        if dtype not in _TYPES or any(tensor.dtype != dtype for tensor in tensors):
+        if any(tensor.dtype != dtype for tensor in tensors):
+            return "there is no compiled code for weights of several types"
+        if dtype not in _TYPES:
             return f"there is no compiled code for {dtype}"
         if any(tensor.device.type != "cpu" for tensor in tensors):
             return f"there is no compiled code for the device type {conditioner.weight.device.type!r}"
