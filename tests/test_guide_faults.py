@@ -4,6 +4,7 @@
 """Models and settings that break guides elsewhere, and what must hold here."""
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -549,3 +550,18 @@ def test_in_a_guide_list_masked_elements_work_too():
     guide.append(small(poutine.block(by_handler, hide=["mu"])))
     guide.append(small(poutine.block(by_handler, expose=["mu"])))
     assert all(map(math.isfinite, train(by_handler, guide, 20)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+def test_a_trained_guide_is_exported_by_trace_module():
+    guide = small(vector)
+    train(vector, guide, 2)
+    exported = torch.jit.trace_module(guide.requires_grad_(False), {"call": ()}, check_trace=False)
+    first, second = exported.call(), exported.call()
+    assert first[0].shape == (3,) and not torch.equal(first[0], second[0])
+
+
+def test_all_attributes_of_a_guide_can_be_read():
+    for guide in (AutoHollowCNF(vector), small(vector).setup()):
+        assert dict(inspect.getmembers(guide))["solver"] == guide.solver
