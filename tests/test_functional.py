@@ -101,6 +101,7 @@ def dynamo():
 
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:compile=True has no effect"),
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
     # Dynamo looks at the gradient of every tensor that it wraps.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,8 +71,8 @@ class SolverStats:
     jacobians: int = 0
     fallbacks: int = 0
     difference_jacobians: int = 0
-    backend: str = ""
-    reason: str = ""
+    backend: str = field(default="", compare=False)
+    reason: str = field(default="", compare=False)
 
 
 #: What can go wrong: a word in torchdiffeq's message to what we say and advise.
