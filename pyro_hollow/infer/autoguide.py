@@ -527,15 +527,15 @@ class AutoHollowCNF(AutoContinuous):
         """
         rows = latents.reshape(-1, latents.shape[-1])
         if self._range is None:
-            self._range = rows[0].clone().fill_(math.inf), rows[0].clone().fill_(-math.inf)
-        low, high = self._range
+            self._range = torch.full_like(rows[0], math.inf), torch.full_like(rows[0], -math.inf)
+        low, high = (bound.to(rows) for bound in self._range)  # the guide may have been moved
         for row in rows[((rows < low) | (rows > high)).any(-1)]:
             try:
                 log_density(self.model, args, kwargs, self._values(row))
             except (ArithmeticError, RuntimeError, ValueError):
                 return False
-            low.copy_(torch.minimum(low, row))
-            high.copy_(torch.maximum(high, row))
+            low, high = torch.minimum(low, row), torch.maximum(high, row)
+            self._range = low, high
         return True
 
     def _warms_up(self) -> bool:
@@ -591,8 +591,8 @@ class AutoHollowCNF(AutoContinuous):
         self.setup(*args, **kwargs)
         result: dict[str, list[Tensor]] = {}
         for latent in self._marginal_quantiles(quantiles, args, kwargs):
-            for site, value in self._unpack_latent(latent):
-                result.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
+            for name, value in self._values(latent).items():
+                result.setdefault(name, []).append(value)
         return {name: torch.stack(values) for name, values in result.items()}
 
     def _check_tails(self, saved: bool) -> None:

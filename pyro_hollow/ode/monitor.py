@@ -225,7 +225,7 @@ class Monitor:
         return self.failure("non-finite")
 
     def is_finite(self) -> bool:
-        """Whether the latest derivative is finite."""
+        """True if the latest derivative is finite."""
         return self._last is None or are_finite(self._last[1])
 
     def failure(self, word: str, last: tuple[Tensor, State] | None = None) -> SolverError:

@@ -212,12 +212,12 @@ def is_transformed() -> bool:
 
 
 def is_functional() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is active."""
+    """True if a transform of torch.func or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap has hidden a dimension of a tensor."""
+    """True if vmap has hidden a dimension of a tensor."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):

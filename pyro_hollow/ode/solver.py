@@ -248,7 +248,7 @@ class Solver:
         return Solution(end, stats)
 
     def _why_no_tape(self, field: VectorField, state: State) -> str:
-        """What speaks against a tape; empty if the field may be asked for one."""
+        """The reason against a tape; empty if the field may be asked for one."""
         if self.method not in runge_kutta.TABLEAUS:
             return f"there is none for the method {self.method!r}"
         if self.adjoint:
