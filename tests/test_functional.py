@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ode import Solver
-from pyro_hollow.transforms import conditional_hollow_cnf, free_form_cnf, hollow_cnf
+from pyro_hollow.transforms import conditional_free_form_cnf, conditional_hollow_cnf, free_form_cnf, hollow_cnf
 
 SOLVERS = {
     "adaptive": Solver(rtol=1e-9, atol=1e-9),
@@ -26,6 +26,9 @@ FLOWS = {
     "hollow": lambda solver: hollow_cnf(2, [4, 4], solver=solver),
     "conditional": lambda solver: conditional_hollow_cnf(2, 3, [4, 4], solver=solver).condition(torch.randn(3)),
     "free-form": lambda solver: free_form_cnf(2, [4, 4], solver=solver),
+    "free-form of a context": lambda solver: conditional_free_form_cnf(2, 3, [4, 4], rank=1, solver=solver).condition(
+        torch.randn(3)
+    ),
 }
 VIEWS = {
     "value": lambda flow: flow,
@@ -64,11 +67,23 @@ def test_second_derivatives_are_those_of_autograd(solver):
     assert_close(hessian(log_det)(x), torch.autograd.functional.hessian(log_det, x), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("make", [FLOWS["hollow"], FLOWS["conditional"]], ids=["hollow", "conditional"])
+@pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
 def test_vmap_of_fixed_steps_is_the_batched_flow(make):
     flow, x = make(Solver("rk4")), torch.randn(3, 2)
     assert_close(vmap(flow)(x), flow(x))
     assert_close(vmap(flow.inv)(x), flow.inv(x))
+    assert_close(vmap(lambda x: flow.call_and_ladj(x)[1])(x), flow.call_and_ladj(x)[1])
+
+
+def test_vmap_of_an_estimated_divergence_has_one_probe():
+    flow = free_form_cnf(2, [4, 4], divergence="hutchinson", solver=Solver("euler", options={"step_size": 1.0}))
+    x = torch.randn(3, 2)
+    estimate = vmap(lambda x: flow.call_and_ladj(x)[1], randomness="same")(x)
+    jacobian = vmap(jacrev(lambda x: flow.nn(torch.tensor(0.0), x)))(x)
+    trace, others = jacobian.diagonal(dim1=1, dim2=2).sum(-1), jacobian[:, 0, 1] + jacobian[:, 1, 0]
+    sign = (estimate - trace)[0] / others[0]  # the product of the two elements of the probe
+    assert_close(sign.abs(), torch.tensor(1.0))
+    assert_close(estimate, trace + sign * others)
 
 
 @pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)

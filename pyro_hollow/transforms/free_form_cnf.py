@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -352,9 +353,10 @@ class _FreeFormField:
         self.tensors = (*self._field.tensors, *(() if self._kernel is None else (self._kernel,)))
 
     def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if torch._C._are_functorch_transforms_active():
+            return self._transformed(t, x)
         create_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors))
-        # A tangent needs the graph, too, and what functorch has wrapped does not tell that it requires gradients.
-        create_graph |= torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+        create_graph |= torch.autograd.forward_ad._current_level >= 0  # a tangent needs the graph, too
         with torch.enable_grad():
             # An alias of its own, as an adjoint method cuts the state itself off from what is computed of it.
             x = x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
@@ -367,20 +369,40 @@ class _FreeFormField:
                 divergence = self._trace(f, x, create_graph) if self._exact else self._estimate(f, x, create_graph)
         return (f, divergence) if create_graph else (f.detach(), divergence.detach())
 
+    def _transformed(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and divergence by torch.func alone, of which all its transforms can be taken."""
+        f, pull = torch.func.vjp(partial(self._field, t), x)  # type: ignore[misc]
+        if self._exact:
+            (rows,) = torch.func.vmap(pull)(_basis(f))
+            return f, rows.diagonal(dim1=0, dim2=-1).sum(-1)
+        noise = self._draw(f)
+        return f, (pull(noise)[0] * noise).sum(-1)
+
     def _trace(self, f: Tensor, x: Tensor, create_graph: bool) -> Tensor:
-        basis = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
-        basis = basis.view(-1, *(1,) * (f.dim() - 1), f.shape[-1]).expand(-1, *f.shape)
-        (rows,) = torch.autograd.grad(f, x, basis, is_grads_batched=True, create_graph=create_graph, allow_unused=True)
+        (rows,) = torch.autograd.grad(
+            f, x, _basis(f), is_grads_batched=True, create_graph=create_graph, allow_unused=True
+        )
         return torch.zeros_like(f[..., 0]) if rows is None else rows.diagonal(dim1=0, dim2=-1).sum(-1)
 
     def _estimate(self, f: Tensor, x: Tensor, create_graph: bool) -> Tensor:
+        noise = self._draw(f)
+        (product,) = torch.autograd.grad(
+            f, x, noise, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+        return (product * noise).sum(-1)
+
+    def _draw(self, f: Tensor) -> Tensor:
+        """The probe, drawn once."""
         if self._noise is None:
             noise = torch.randn_like(f)
             self._noise = noise.sign() if self._probe == "rademacher" else noise
-        (product,) = torch.autograd.grad(
-            f, x, self._noise, create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
-        return (product * self._noise).sum(-1)
+        return self._noise
+
+
+def _basis(f: Tensor) -> Tensor:
+    """Unit vectors in a new first dimension, for each sample of f."""
+    basis = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
+    return basis.view(-1, *(1,) * (f.dim() - 1), f.shape[-1]).expand(-1, *f.shape)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
