@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList
-from pyro.infer.autoguide.initialization import init_to_median
+from pyro.infer.autoguide.initialization import init_to_feasible, init_to_median
 from pyro.optim import Adam, ClippedAdam
 from torch.testing import assert_close
 
@@ -408,7 +408,15 @@ PRIORS = {
     "far": lambda: dist.Normal(1e4, 1.0),
     "log-normal": lambda: dist.LogNormal(0.0, 20.0),
     "no moments": lambda: dist.StudentT(0.2),
+    "spike and slab": lambda: mixture(dist.Normal(torch.zeros(2), torch.tensor([1e-3, 10.0]))),
+    "mixture of positive": lambda: mixture(dist.LogNormal(torch.tensor([0.0, 20.0]), torch.ones(2))),
+    "mixture of bounded": lambda: mixture(dist.Uniform(torch.zeros(2), torch.ones(2))),
+    "masked mixture": lambda: dist.MaskedMixture(torch.tensor(True), dist.Normal(0.0, 1.0), dist.Normal(0.0, 1e3)),
 }
+
+
+def mixture(components):
+    return dist.MixtureSameFamily(dist.Categorical(torch.ones(components.batch_shape)), components)
 
 
 @pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
@@ -421,6 +429,31 @@ def test_any_proper_prior_has_a_finite_start(prior):
 
     guide = small(model)
     assert all(map(math.isfinite, train(model, guide, 20, lr=0.01)))
+
+
+def test_a_guide_of_a_mixture_of_equal_components_is_that_of_the_component():
+    bounds = torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0, 3.0]])
+    results = []
+    for prior in (mixture(dist.Uniform(*bounds)), dist.Uniform(1.0, 3.0)):
+
+        def model(prior=prior):
+            with pyro.plate("n", 4):
+                pyro.sample("z", prior.expand([4]))
+
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = small(model, init_loc_fn=init_to_feasible).setup()
+        pyro.set_rng_seed(0)  # the priors draw different numbers of random numbers
+        results.append((guide.quantiles([0.1, 0.9])["z"], BULK.loss(model, guide)))
+    assert_close(*results)
+
+
+def test_mixture_components_of_different_supports_are_refused():
+    def model():
+        pyro.sample("z", mixture(dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0]))))
+
+    with pytest.raises(NotImplementedError, match=r"one support.*upper_bound is \[1.0, 2.0\]"):
+        small(model).setup()
 
 
 def test_an_underflowing_median_is_no_start():

@@ -3,6 +3,7 @@
 
 """Inference: an automatic guide for any Pyro model, and a check of what a guide has learned."""
 
+from . import supports  # noqa: F401  # registers a bijection
 from .autoguide import AutoHollowCNF
 from .diagnostics import GuideDiagnostics, diagnose
 from .path_gradient import PathGradientDistribution
