@@ -7,10 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import ExponentialLR
 from torch.testing import assert_close
 
 from pyro_hollow.experiments import verdict
-from pyro_hollow.infer import diagnose
+from pyro_hollow.infer import AutoHollowCNF, diagnose
 from pyro_hollow.infer.importance import faults, fit_generalized_pareto, limits, smooth
 
 
@@ -131,6 +133,23 @@ def test_no_false_alarm_for_a_flat_clumped_tail():
         z = grid[index]
         smoothed = smooth(0.03 * torch.cos(2 * z) - 0.02 * z.abs() ** 0.5)
         assert not faults(1 / smoothed.weights.square().sum().item(), smoothed.unseen, 4000)
+
+
+def test_no_false_alarm_for_a_trained_guide_whose_largest_weights_are_equal():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z**2, 1.0), obs=torch.tensor(1.0))
+
+    guide = AutoHollowCNF(model, warm_up=50)
+    rate = ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.03}, "gamma": 0.01 ** (1 / 200)})
+    svi = SVI(model, guide, rate, Trace_ELBO(num_particles=32, vectorize_particles=True))
+    for _ in range(200):
+        svi.step()
+        rate.step()
+    for seed in range(5):
+        pyro.set_rng_seed(seed)
+        result = diagnose(model, guide, posterior_predictive=False)
+        assert result.ess > 3800 and result.reliable, str(result)
 
 
 def test_high_khat_of_a_negligible_tail_is_trusted():

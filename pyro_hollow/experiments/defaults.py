@@ -101,7 +101,7 @@ def fit(target: str, steps: int, seed: int, **kwargs: Any) -> tuple[HollowCNF, f
     for _ in range(steps):
         optimizer.zero_grad()
         kl_divergence(flow, log_density, 64).backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()
     return flow, (time.perf_counter() - begin) / steps * 1e3

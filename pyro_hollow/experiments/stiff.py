@@ -426,7 +426,7 @@ def maximise_likelihood(flow: HollowCNF, steps: int) -> Iterator[float]:
         yield float(loss.detach())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0, error_if_nonfinite=True)
         optimizer.step()
 
 
