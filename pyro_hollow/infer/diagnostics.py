@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_hollow.infer.importance import faults, smooth
 from pyro_hollow.infer.inference_data import check_names, import_arviz, inference_data
-from pyro_hollow.infer.log_joint import log_density
+from pyro_hollow.infer.log_joint import log_densities
 from pyro_hollow.infer.modes import LogJoint, MissedModes, find_missed_modes
 from pyro_hollow.infer.particles import check_independence, check_observed, explained
 from pyro_hollow.infer.plates import plates, subsampled
@@ -337,8 +337,8 @@ class _Pair:
             nesting = self.max_plate_nesting + (size is not None)
             model = poutine.enum(model, first_available_dim=-1 - nesting)
         model_trace, guide_trace = get_importance_trace("flat", nesting, model, guide, self.args, self.kwargs)
-        log_joint = log_density(model_trace, count, plate, "model")
-        log_guide = log_density(guide_trace, count, plate, "guide")
+        log_joint = log_densities(model_trace, count, plate, "model")
+        log_guide = log_densities(guide_trace, count, plate, "guide")
         latents = model_trace.iter_stochastic_nodes()
         values = {name: site["value"] for name, site in latents if name not in self.marginalised}
         self._check_shapes(values, count)

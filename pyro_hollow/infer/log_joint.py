@@ -16,7 +16,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
-__all__ = ["enumerated", "log_density", "log_likelihood"]
+__all__ = ["enumerated", "log_densities", "log_likelihood"]
 
 
 def enumerated(trace: poutine.Trace) -> list[str]:
@@ -24,7 +24,7 @@ def enumerated(trace: poutine.Trace) -> list[str]:
     return [name for name, site in trace.nodes.items() if site.get("infer", {}).get("_enumerate_dim") is not None]
 
 
-def log_density(trace: poutine.Trace, size: int, plate: str | None, owner: str) -> Tensor:
+def log_densities(trace: poutine.Trace, size: int, plate: str | None, owner: str) -> Tensor:
     r"""
     Sums the log densities of all sites for each particle. Enumerated sites :math:`\mathbf{k}` are marginalised as
     :class:`~pyro.infer.TraceEnum_ELBO` does, by Pyro's tensor contraction,
