@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What the defaults rest on: variants of the Hollow-CNF, fitted to densities with a known normalising constant.
+The ground of the defaults: variants of the Hollow-CNF, fitted to densities with a known normalising constant.
 
 Each variant changes one setting and is fitted by minimising KL(q || p); the table tells the KL that is left, in nats,
 from fresh samples and a solve at tolerances of 1e-7. A second table tells what the solver's tolerance costs and brings.

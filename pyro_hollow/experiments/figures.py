@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the experiments share for drawing."""
+"""Drawing, shared by the experiments."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How the experiments keep their results."""
+"""Files in which the experiments keep their results."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Config:
 @dataclass
 class Result:
     """
-    What a run has found.
+    Findings of a run.
 
     :ivar config: its settings.
     :ivar failure: the error that ended it, or "".
@@ -170,7 +170,7 @@ def fit(posterior: Posterior, guide: AutoGuide, config: Config, result: Result) 
 
 
 def _evaluations(guide: AutoGuide) -> float:
-    """Of the latest solve; nan for other guides, 0 while the flow sits out."""
+    """Evaluations of the latest solve; nan for other guides, 0 while the flow sits out."""
     if not isinstance(guide, AutoHollowCNF):
         return math.nan
     return float(sum(flow.last_solve.nfe for flow in guide._modules["flows"] if flow.last_solve is not None))
@@ -212,7 +212,7 @@ def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Resu
 
 
 def _stem(folder: Path, config: Config) -> Path:
-    """Where a run is kept, without the suffix."""
+    """Path of a run's files, without the suffix."""
     return folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}"
 
 
@@ -246,7 +246,7 @@ def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, fo
 
 def equal_time(reference: Result, result: Result) -> Config:
     """
-    As many steps as take a guide as long as the reference took.
+    Number of steps that take a guide as long as the reference took.
 
     :param reference: the run that sets the time.
     :param result: a run of the guide, which tells the time of a step.

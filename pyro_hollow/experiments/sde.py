@@ -74,7 +74,7 @@ class Config:
 @dataclass
 class Result:
     """
-    What a run has found.
+    Findings of a run.
 
     :ivar config: its settings.
     :ivar times: when the marginals are compared: all times but the first.
@@ -110,7 +110,7 @@ class Scale:
         return (x - self.loc) / self.scale
 
     def to_x(self, z: Tensor) -> Tensor:
-        """In the units of the data."""
+        """Returns to the units of the data."""
         return self.loc + self.scale * z
 
 
@@ -252,7 +252,7 @@ def _judge_coefficients(
 
 
 def _file(folder: Path, config: Config, suffix: str) -> Path:
-    """Where a run is kept."""
+    """Path of a run's file."""
     numbers = (config.weight, config.noise, config.steps, config.train, config.test, config.seed)
     return folder / config.process / ("-".join(map(str, (config.method, *numbers))) + suffix)
 
@@ -321,7 +321,7 @@ Runs = dict[str, list[Result]]
 
 
 def _columns(runs: Runs) -> dict[str, list[list[list[float]]]]:
-    """By what is compared, in the order of the table, one list of rows (time by time) for each seed."""
+    """Columns of the table in their order, each with one list of rows (time by time) for each seed."""
     columns: dict[str, list[list[list[float]]]] = {}
     for method, results in runs.items():
         for kind in ("equation", "density", "fresh"):
@@ -421,7 +421,7 @@ def _draw_line(plt: Any, process: Process, arrays: dict[str, np.ndarray], shown:
 
 
 def _draw_plane(plt: Any, process: Process, arrays: dict[str, np.ndarray], shown: np.ndarray) -> Any:
-    """Of more than two dimensions the first two, for which there are samples of the density instead of its values."""
+    """Draws two dimensions, of more the first two, whose density is shown by samples instead of values."""
     figure, axes = plt.subplots(
         3, len(shown), figsize=(2.4 * len(shown), 7), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
@@ -480,7 +480,7 @@ def _cpu_seconds(candidates: dict[str, Callable[[], None]], repeats: int, label:
 
 def cost_candidates(matching: FokkerPlanckMatching, t: Tensor, x: Tensor) -> dict[str, Callable[[], None]]:
     """
-    What is timed: one evaluation, and a step the cheap and the plain way. Both steps leave the same gradients.
+    Candidates to time: one evaluation, and a step the cheap and the plain way. Both steps leave the same gradients.
 
     :param matching: the objective, at the data alone.
     :param Tensor t: times with shape ``(n,)``.

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What an exact divergence costs: ratios of times measured side by side in one run, and the memory of a training step.
+Cost of an exact divergence: ratios of times measured side by side in one run, and the memory of a training step.
 
 Every time is the median over repetitions in which the candidates take turns. One repetition binds the field, evaluates
 it 8 times, as two Runge-Kutta steps do, and, for "forward + backward", backpropagates from a random linear function of
@@ -246,7 +246,7 @@ SOLVERS = {
 
 
 def can_compile(device: str) -> bool:
-    """Whether compile=True makes a difference."""
+    """True if compile=True makes a difference."""
     try:
         HollowCNF(HollowNN(1), solver=Solver("euler", compile=True))(torch.zeros(1))
     except RuntimeError:

@@ -69,7 +69,7 @@ class Config:
 @dataclass
 class Result:
     """
-    What a run has found.
+    Findings of a run.
 
     :ivar config: its settings.
     :ivar failure: the error that ended it, or "".

@@ -67,7 +67,7 @@ COLOURS = dict(
 @dataclass
 class Result:
     """
-    What a run has measured.
+    Measurements of a run.
 
     :ivar config: its settings.
     :ivar parameters: the number of parameters.
@@ -155,7 +155,7 @@ def _prepare(config: Config, folder: Path, force: bool) -> bool:
 
 
 def _check(config: Config, folder: Path) -> None:
-    """That the run in a folder has these settings."""
+    """Checks that the run in a folder has these settings."""
     settings = json.loads((folder / "config.json").read_text())
     if settings != asdict(config):
         names = [name for name, value in asdict(config).items() if settings.get(name) != value]

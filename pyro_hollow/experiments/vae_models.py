@@ -160,7 +160,7 @@ def make_flow(name: str, latent_dim: int, context_dim: int, solver: Solver) -> n
 
 def make_inner(name: str, latent_dim: int, context_dim: int, solver: Solver) -> list[nn.Module]:
     """
-    What a posterior does to the standard Normal before the encoder's location and scale are applied, as a list of
+    Transforms of the standard Normal before the encoder's location and scale are applied, as a list of
     conditional transforms; nothing for most.
 
     Those in "low-rank" apply two linear maps of low rank that depend on the image, behind a Hollow-CNF if there is one.
@@ -275,7 +275,7 @@ class VAE(nn.Module):
             pyro.sample("x", dist.Bernoulli(logits=self.logits(z), validate_args=False).to_event(1), obs=x)
 
     def guide(self, x: Tensor, kl_weight: float = 1.0) -> None:
-        """As :meth:`model`."""
+        """Takes the arguments of :meth:`model`."""
         with pyro.plate("data", len(x), dim=-1), poutine.scale(scale=kl_weight):
             pyro.sample("z", self.posterior(x))
 

@@ -139,7 +139,7 @@ class BatchSampler(Sampler[Tensor]):
 
 class Task(L.LightningModule):
     """
-    What Lightning trains: Pyro's ELBO of a VAE, by Adamax, with KL warm-up.
+    Lightning module: Pyro's ELBO of a VAE, by Adamax, with KL warm-up.
 
     Every epoch begins with random numbers that its number and the seed decide; so a run that is resumed takes the
     same course as one that was never stopped.
@@ -267,7 +267,7 @@ def _mean(values: list[int]) -> float:
 
 
 def _last_solves(vae: VAE) -> list[SolverStats]:
-    """Of the flows that solve differential equations."""
+    """Latest solves of the flows that are differential equations."""
     flows = [flow for flow in (*vae.inner, vae.flow) if isinstance(flow, ConditionalCNF)]
     return [flow.last_solve for flow in flows if flow.last_solve is not None]
 
@@ -368,7 +368,7 @@ def fit(config: Config, images: Images, folder: Path, **options: Any) -> Task:
 @dataclass(frozen=True)
 class Estimate:
     """
-    What a model is worth on test images, in nats per image; the standard errors are those over the images.
+    Bounds of a model on test images, in nats per image; the standard errors are those over the images.
 
     :ivar elbo: -ELBO.
     :ivar nll: negative log-likelihood by importance sampling.

@@ -410,7 +410,7 @@ class AutoHollowCNF(AutoContinuous):
 
     @property
     def solver(self) -> Solver:
-        """How the flows are integrated. Set it to train and to evaluate with different tolerances."""
+        """Solver of the flows. Set it to train and to evaluate with different tolerances."""
         return self._settings["solver"]
 
     @solver.setter

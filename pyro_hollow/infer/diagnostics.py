@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether a fitted guide can be trusted, and draws that are corrected where it cannot quite."""
+"""Diagnostics of a fitted guide, and draws that are corrected by importance weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MIN_SAMPLES = 25  # the largest fifth of them are the tail, and ArviZ fits none
 @dataclass(frozen=True, eq=False)
 class GuideDiagnostics:
     r"""
-    What :func:`diagnose` finds out; ``print`` it for a summary that ends with advice.
+    Findings of :func:`diagnose`; ``print`` them for a summary that ends with advice.
 
     :attr:`reliable` says whether the corrected draws can be trusted, which needs an effective sample size of at least
     100, and weights larger than those drawn that hold at most 3.5 % of the total (:attr:`unseen`); with few samples

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the posterior of an automatic guide is made of, besides its flows."""
+"""Parts of an automatic guide's posterior besides its flows."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Affine(_Bijection):
         return self.log_scale.sum().expand(x.shape[:-1])
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As of a flow; the gradient of the log-density of y from that of x."""
+        """Value, log-determinant, and the gradient of the log-density of y from that of x."""
         y = self(x)
         with torch.no_grad():
             mixed = score if self.lower is None else self._solve(self.lower.mT, score, upper=True)
@@ -128,7 +128,7 @@ class Tails(_Bijection):
         return torch.log1p(2 * q) - 0.5 * torch.log1p(q)
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As of a flow; the gradient of the log-density of y from that of x."""
+        """Value, log-determinant, and the gradient of the log-density of y from that of x."""
         y = self(x)
         with torch.no_grad():
             _, r, b = self._split(x)
@@ -215,7 +215,7 @@ class Stretching(nn.Module):
 
 class PathPosterior(PathGradientDistribution):
     """
-    As :class:`Posterior`, with the path gradient. With :attr:`stretching`, samples with gradients are those of a
+    A :class:`Posterior` with the path gradient. With :attr:`stretching`, samples with gradients are those of a
     stretched base, but scored by the density of the one that is not; the gradient that reaches a sample is at most as
     large as the score's part in it. For that the last transform must be affine: sizes are those in its coordinates.
     """

@@ -14,10 +14,10 @@ __all__ = ["plates", "subsampled"]
 
 
 def plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
-    """Those of all sites, one after the other."""
+    """Plates of all sites, one after the other."""
     return [frame for site in trace.nodes.values() for frame in site.get("cond_indep_stack", ())]
 
 
 def subsampled(frames: Iterable[CondIndepStackFrame]) -> Iterator[CondIndepStackFrame]:
-    """Those that are smaller than what they stand for."""
+    """Plates whose subsample is smaller than the plate."""
     return (frame for frame in frames if frame.full_size is not None and frame.size < frame.full_size)

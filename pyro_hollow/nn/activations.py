@@ -45,8 +45,8 @@ class Activation:
 @cache
 def _logistic_polynomials(order: int) -> tuple[tuple[float, ...], ...]:
     """
-    As :math:`u' = u - u^2` for the logistic function, :math:`u^{(k)} = P_k(u)` with :math:`P_0(u) = u` and
-    :math:`P_{k+1} = (u - u^2) P_k'`. Polynomials are tuples of coefficients, lowest power first.
+    Polynomials of the logistic function u: since :math:`u' = u - u^2`, :math:`u^{(k)} = P_k(u)` with
+    :math:`P_0(u) = u` and :math:`P_{k+1} = (u - u^2) P_k'`. Polynomials are tuples of coefficients, lowest power first.
     """
     polynomials: list[tuple[float, ...]] = [(0.0, 1.0)]
     for _ in range(order):

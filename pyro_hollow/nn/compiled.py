@@ -36,7 +36,7 @@ _INT, _DOUBLE, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
 class _Coefficients(Hashable, Protocol):
-    """Of an explicit Runge-Kutta method; see :class:`pyro_hollow.ode.runge_kutta.Tableau`."""
+    """Coefficients of an explicit Runge-Kutta method; see :class:`pyro_hollow.ode.runge_kutta.Tableau`."""
 
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
@@ -277,7 +277,7 @@ class CompiledTape(HollowTape):
         return x_bar
 
     def _sums(self) -> _Sums:
-        """Where the gradients are added up."""
+        """Buffers in which the gradients are added up."""
         if self._gradients is None:
             weight, offset, *pairs = self._conditioner.gradients()
             arrays = _addresses(pairs[::2]), _addresses(pairs[1::2])

@@ -94,7 +94,7 @@ def _uniform(shape: Sequence[int], fan_in: float) -> Tensor:
 
 class _Offset(nn.Module):
     """
-    What the first layer adds for a bias, time and context: the columns of one matrix, as every parameter costs an
+    Offset of the first layer by bias, time and context: the columns of one matrix, as every parameter costs an
     optimizer's call per step.
 
     :param int units: the number of units of the layer.

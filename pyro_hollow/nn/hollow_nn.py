@@ -64,7 +64,8 @@ class HollowField:
 
     def with_diagonal(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""
-        What the Jacobi-Newton iteration of an implicit :class:`~pyro_hollow.ode.Solver` asks for.
+        Field and diagonal of its Jacobian, for the Jacobi-Newton iteration of an implicit
+        :class:`~pyro_hollow.ode.Solver`.
 
         :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: the state with shape ``(*, d)``.

@@ -88,7 +88,7 @@ class _DenseTape:
         return self._weight.mT @ z_bar
 
     def gradients(self) -> Gradients:
-        """Of the bound tensors, with the offset still flattened."""
+        """Gradients of the bound tensors, with the offset still flattened."""
         if self._gradients is None:
             layers = chain.from_iterable(self._layers)
             self._gradients = _zeros_like(
@@ -153,14 +153,14 @@ class _ClosedFormTape:
         return x_bar, torch.bmm(self._weight.mT, p_bar)
 
     def sums(self) -> Gradients:
-        """What :meth:`gradients` are made of, with those of the slopes by themselves."""
+        """Sums behind :meth:`gradients`, with those of the slopes by themselves."""
         if self._totals is None:
             tensors = (self._weight, self._slope, self._offset, self._input_weight, self._output_weight)
             self._totals = _zeros_like((*tensors, self._slopes.squeeze(1)))
         return self._totals
 
     def gradients(self) -> Gradients:
-        """Of the bound tensors, with the offset still flattened."""
+        """Gradients of the bound tensors, with the offset still flattened."""
         weight_bar, slope_bar, offset_bar, input_bar, output_bar, slopes_bar = self.sums()
         shift_bar = offset_bar[:, -1:].sum(-1, keepdim=True)
         row = slopes_bar.unsqueeze(1)

@@ -144,7 +144,7 @@ class ClosedFormTransformer(Transformer):
             self.weight[:, self.width :] = 0.0
 
     def is_zero(self) -> bool:
-        """Whether the field is still as :meth:`reset_to_zero` left it."""
+        """True while the field is as :meth:`reset_to_zero` left it."""
         return not bool(self.output_weight.any())
 
     def bind(self, context: Tensor | None = None) -> BoundTransformer:

@@ -169,7 +169,7 @@ class _Corrector:
 
     @property
     def longest(self) -> float:
-        """By what the next step may be longer: the rate of a fixed-point iteration is proportional to it."""
+        """Factor by which the next step may be longer: the rate of a fixed-point iteration is proportional to it."""
         return 0.5 / (self._stiffness * self._latest) if self._stiffness > 0 else math.inf
 
     def __call__(self, t: float, coefficient: float, constant: Tensor, guess: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class _Step:
 @dataclass(frozen=True)
 class _Outcome:
     """
-    What a tried step has led to.
+    Outcome of a tried step.
 
     :ivar history: after the step; None if it was rejected.
     :ivar order: what the next order should be.
@@ -369,7 +369,7 @@ class _Search:
             raise self._monitor.failure("tolerance")
 
     def _first_step(self, y: Tensor, slope: Tensor, t0: float, t1: float) -> float:
-        """By the size of the first two derivatives, as in Hairer, Nørsett and Wanner, section II.4."""
+        """First step by the size of the first two derivatives, as in Hairer, Nørsett and Wanner, section II.4."""
         solver, norm = self._monitor.solver, self._equation.norm
         length = abs(t1 - t0)
         if "first_step" in solver.options:
@@ -388,7 +388,7 @@ class _Search:
 
 
 def _change(error: float, order: int) -> float:
-    """By what a step may be longer for an error of 1; below the safety factor if the error was larger."""
+    """Factor by which a step may be longer for an error of 1; below the safety factor if the error was larger."""
     if not math.isfinite(error):
         return 0.0
     return _SAFETY * max(error, 1e-10) ** (-1 / (order + 1))

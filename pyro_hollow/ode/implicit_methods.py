@@ -39,7 +39,7 @@ class Method(Protocol):
         """The history of a state and a slope, multiplied by the step."""
 
     def equal_steps(self, order: int) -> int:
-        """How many steps must be as long as each other before order and step may change."""
+        """Number of steps of one length before order and step may change."""
 
     def rescale(self, history: Tensor, order: int, factor: float) -> Tensor:
         """The history as if the steps had been longer by a factor; good for this order and those below."""
@@ -108,7 +108,7 @@ def _combine(start: Tensor, weights: tuple[float, ...], rows: list[Tensor]) -> T
 
 class _Multistep:
     """
-    What formulas on backward differences share. The history is good for steps of equal length and is interpolated
+    Formulas on backward differences. The history is good for steps of equal length and is interpolated
     when the step changes; the estimate of a formula of order k is a multiple of row k + 1.
     """
 

@@ -46,7 +46,7 @@ class SolverError(RuntimeError):
 @dataclass
 class SolverStats:
     """
-    What a solve cost.
+    Cost of a solve.
 
     :ivar nfe: evaluations of the vector field in the forward solve; of implicit methods with gradients by
         backpropagation, those of the replay of their steps included.
@@ -308,5 +308,5 @@ def parts(state: State) -> tuple[Tensor, ...]:
 
 
 def are_finite(state: State) -> bool:
-    """Whether all elements of a state are finite."""
+    """True if all elements of a state are finite."""
     return all(bool(torch.isfinite(part).all()) for part in parts(state))

@@ -207,7 +207,7 @@ March = Callable[[Tape, Tensor, bool], Path]
 
 
 def is_transformed() -> bool:
-    """Whether operations are traced, or differentiated by other means than a backward pass."""
+    """True if operations are traced, or differentiated by other means than a backward pass."""
     return torch.jit.is_tracing() or is_functional()
 
 
@@ -350,7 +350,7 @@ def _take(
 
 
 def _stages(tape: Tape, tableau: Tableau, t: float, h: float, x: Tensor, known: list[Record]) -> list[Record]:
-    """What the tape records in the stages of a step, of which the first ones may be known."""
+    """Records of the stages of a step, of which the first ones may be known."""
     records = known
     for row, c in zip(tableau.a[len(known) :], tableau.c[len(known) :], strict=True):
         records = [*records, tape.record(t + c * h, _step(x, h, row, [slope for slope, *_ in records]))]

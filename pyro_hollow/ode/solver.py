@@ -67,7 +67,7 @@ class Solution:
 @dataclass(frozen=True)
 class Solver:
     r"""
-    How to integrate :math:`dx/dt = f(t, x)`: a method, of torchdiffeq or implicit, and its settings.
+    A solver of :math:`dx/dt = f(t, x)`: a method, of torchdiffeq or implicit, and its settings.
 
     Adaptive methods ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun") choose their steps such that for every
     sample of the batch the root mean square of error / (atol + rtol \|x\|) stays below 1 in each part of the state (an
@@ -181,7 +181,7 @@ class Solver:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the method chooses its steps by itself."""
+        """True if the method chooses its steps by itself."""
         return self.method in _ADAPTIVE or self.method in IMPLICIT_METHODS
 
     def integrate(self, field: VectorField, state: AnyState, t0: float, t1: float) -> Solution:

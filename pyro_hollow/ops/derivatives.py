@@ -73,7 +73,7 @@ def dimwise_derivatives(transformer: Transformer, x: Tensor, h: Tensor, order: i
 
 
 def _wants_graph() -> bool:
-    """Whether results are differentiated further, be it forward, for which gradients need not be enabled."""
+    """True if results are differentiated further, be it forward, for which gradients need not be enabled."""
     return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
 
 

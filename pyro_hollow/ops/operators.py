@@ -83,7 +83,7 @@ def _check_shape(value: Tensor, x: Tensor) -> None:
 
 
 def _dimwise_gradient(value: Tensor, x: Tensor, create_graph: bool) -> Tensor:
-    """Of each component of the value in its own coordinate; of a scalar value in every coordinate."""
+    """Derivative of each component of the value in its own coordinate; of a scalar value in every coordinate."""
     if value.dim() < x.dim():
         return _sum_gradient(value, x, create_graph)
     # All passes share one graph, so none but the last may free it, and the caller needs it anyway.

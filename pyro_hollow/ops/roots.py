@@ -59,7 +59,7 @@ class RootError(RuntimeError):
 @dataclass(frozen=True)
 class RootResult:
     """
-    Where an iteration has led.
+    Result of an iteration.
 
     :ivar value: the roots with shape ``(*, d)``; of a sample that has not converged, the last finite iterate, without
         gradients.
@@ -275,7 +275,7 @@ def _iterate_samples(
 
 
 def _norm(x: Tensor, scale: Tensor | None) -> Tensor:
-    """Of each sample the root mean square."""
+    """Root mean square of each sample."""
     return (x if scale is None else x / scale).square().mean(-1).sqrt()
 
 

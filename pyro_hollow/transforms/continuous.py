@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all continuous normalizing flows have in common."""
+"""The base of all continuous normalizing flows."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Dynamics(Protocol):
 
 
 class _Stamp:
-    """What must not have changed for a cached pair to be right."""
+    """A record of all that must not have changed for a cached pair to be right."""
 
     def __init__(self, tensors: tuple[Tensor, ...], settings: tuple[Any, ...]) -> None:
         self._tensors = tensors
@@ -124,7 +124,7 @@ class _Stamp:
         self._settings = (torch.is_grad_enabled(), *settings)
 
     def matches(self, other: _Stamp) -> bool:
-        """Whether nothing has changed from one stamp to the other."""
+        """True if nothing has changed from one stamp to the other."""
         return (
             self._versions is not None
             and self._versions == other._versions
@@ -169,7 +169,7 @@ class _HasSolver:
 
     @property
     def solver(self) -> Solver:
-        """How to integrate; may be assigned a :class:`~pyro_hollow.ode.Solver` or a method's name."""
+        """Solver of the flow; may be assigned a :class:`~pyro_hollow.ode.Solver` or a method's name."""
         if "solver" not in vars(self):
             raise AttributeError("a flow has a solver once it is made")
         return vars(self)["solver"]
@@ -409,7 +409,7 @@ class ConditionedCNF(_HasSolver, Transform):
         return sibling
 
     def _settings(self) -> tuple[Any, ...]:
-        """What decides the result besides tensors."""
+        """Settings that decide the result besides tensors."""
         return self.solver, self.time
 
     def _stamp(self, x: Tensor, y: Tensor) -> _Stamp:

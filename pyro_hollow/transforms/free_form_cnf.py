@@ -163,7 +163,7 @@ class LowRankFreeFormNN(nn.Module):
 
 
 def _is_plain(network: nn.Module) -> bool:
-    """Whether a network computes what its layers' matrices and its activation say, and nothing else."""
+    """True if a network computes what its layers' matrices and its activation say, and nothing else."""
     if type(network) not in (FreeFormNN, LowRankFreeFormNN) or "forward" in vars(network):
         return False
     activation, layers = network.nonlinearity, cast(Sequence[nn.Linear], network.layers)
@@ -178,7 +178,7 @@ def _is_plain(network: nn.Module) -> bool:
 
 
 def _suits(network: FreeFormNN, context: Tensor | None) -> bool:
-    """Whether there is a closed form, and the context is as it takes it; forward itself complains of any other."""
+    """True if there is a closed form, and the context is as it takes it; forward itself complains of any other."""
     size = 0 if context is None else context.shape[-1]
     return len(network.layers) <= 3 and size == network.context_dim
 
@@ -216,7 +216,7 @@ class _DenseField:
         raise NotImplementedError
 
     def _matrix(self, i: int) -> Tensor:
-        """What layer i multiplies its input by, with shape ``(*, outputs, inputs)``."""
+        """Matrix by which layer i multiplies its input, with shape ``(*, outputs, inputs)``."""
         raise NotImplementedError
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
@@ -308,8 +308,8 @@ class _LowRankField(_DenseField):
 
     def kernel(self, adjoint: bool) -> Tensor | None:
         """
-        As for any; but where each sample has its own, it must not take more memory than d backward passes do. The
-        adjoint method carries its gradient along, several times.
+        The kernel, as of any field; where each sample has its own, it must not take more memory than d backward passes
+        do. The adjoint method carries its gradient along, several times.
         """
         if not self._plain:
             return None

@@ -33,8 +33,8 @@ __all__ = [
 
 class Regularization(NamedTuple):
     r"""
-    What makes a flow expensive to integrate (Finlay et al., 2020), along the path of each sample. As the Jacobian is
-    split, only its hollow part needs an estimate.
+    Kinetic energy and squared Jacobian norm of a flow (Finlay et al., 2020), which make it expensive to integrate,
+    along the path of each sample. As the Jacobian is split, only its hollow part needs an estimate.
 
     :ivar kinetic: the kinetic energy :math:`\int_0^T \|f\|^2 dt` with shape ``(*,)``.
     :ivar diagonal: :math:`\int_0^T \sum_i (\partial f_i / \partial x_i)^2 dt` with shape ``(*,)``, exact.
@@ -124,7 +124,7 @@ class ConditionedHollowCNF(ConditionedCNF):
     @property
     def regularization(self) -> Regularization:
         """
-        What the latest call has integrated along, with gradients; it is forgotten with the cached pair.
+        Integrals that the latest call has carried along, with gradients; they are forgotten with the cached pair.
 
         :raises AttributeError: without ``regularize=True``, and if there is no latest pair.
         """
