@@ -348,7 +348,7 @@ def test_settings_that_cannot_be_timed_do_not_stop_the_others(tmp_path, monkeypa
 
 
 def test_a_short_table_writes_no_bars_into_a_file(tmp_path):
-    arguments = command(tmp_path, "none", "householder", epochs=3)
+    arguments = command(tmp_path, "none", epochs=1, warmup=0, batch_size=500, num_samples=1)
     process = subprocess.run(
         [sys.executable, "-m", "pyro_hollow.experiments.vae", *arguments], cwd=ROOT, capture_output=True, text=True,
         check=True,
