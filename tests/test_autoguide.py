@@ -1643,7 +1643,7 @@ def test_dirichlet(affine):
     assert_close(samples.std(0), expected.variance.sqrt(), rtol=0.2, atol=0)
 
 
-def test_learns_what_a_normal_guide_cannot(dtype):
+def test_learns_what_a_normal_guide_cannot():
     guide = fit(banana, small(banana, warm_up=60), 300)
     normal = fit(banana, AutoMultivariateNormal(banana), 300)
     own = elbo(banana, guide)

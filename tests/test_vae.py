@@ -44,6 +44,7 @@ HOLLOW = ("hollow", "hollow-stochastic", "hollow-low-rank", "hollow-low-rank-2")
 CONTINUOUS = ("ffjord", "free-form-exact", "free-form-exact-path", *HOLLOW, *(f"{name}-path" for name in HOLLOW))
 
 flows = pytest.mark.parametrize("flow", FLOWS)
+REPEATED = ("planar", "ffjord", "hollow-low-rank-path")
 
 
 def command(output, *flow, name="table", **changed):
@@ -276,7 +277,10 @@ def test_force_begins_anew(tmp_path):
     assert third.estimate == first.estimate
 
 
-@flows
+# A flow that solves nothing, one with random probes, and one with the path gradient; the others are slow.
+@pytest.mark.parametrize(
+    "flow", [pytest.param(flow, marks=[] if flow in REPEATED else pytest.mark.slow) for flow in FLOWS]
+)
 def test_same_seed_gives_same_numbers(flow, trained, tmp_path):
     # Nor does it matter what was trained before in the same process.
     (result,) = vae.main(command(tmp_path, flow))
