@@ -58,8 +58,8 @@ class SolverStats:
     :ivar fallbacks: equations that dense Newton had to solve for Jacobi-Newton.
     :ivar difference_jacobians: dense Jacobians, among all of them, that were not finite where the field was, and whose
         entries were replaced by difference quotients.
-    :ivar backend: the code that ran: "compiled", "tape", "plain" (under torch.func), "torchdiffeq", "implicit" or
-        "scipy"; empty if there was nothing to solve.
+    :ivar backend: the code that ran: "compiled", "tape", "autograd" (steps of our own that
+        automatic differentiation records), "torchdiffeq", "implicit" or "scipy"; empty if there was nothing to solve.
     :ivar reason: why no faster code ran, where one was asked for or is the default; else empty.
     """
 

@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = [
     "TABLEAUS",
     "Path",
-    "PlainTape",
+    "AutogradTape",
     "Tableau",
     "Tape",
     "Taped",
@@ -226,10 +226,10 @@ def is_batched(tensor: Tensor) -> bool:
     return False
 
 
-class PlainTape:
+class AutogradTape:
     """
-    Evaluates the dynamics of a pair (state, integral) by operations that every transform of torch.func knows, and
-    leaves the gradients to the transform.
+    Evaluates the dynamics of a pair (state, integral) by operations that automatic differentiation records, and that
+    every transform of torch.func knows; the gradients are left to these.
 
     :param dynamics: maps a scalar time and the pair to its time derivative.
     :param batch_shape: the batch shape ``(*,)`` of the states.
@@ -257,11 +257,11 @@ class PlainTape:
     def pull(
         self, t: float, saved: tuple[Tensor, ...], f_bar: Tensor, q_bar: Tensor, accumulate: bool = True
     ) -> Tensor:
-        """:raises RuntimeError: always, as the transform takes the gradients."""
-        raise RuntimeError("a plain tape keeps nothing to go back by")
+        """:raises RuntimeError: always, as automatic differentiation takes the gradients."""
+        raise RuntimeError("nothing was kept to go back by: automatic differentiation takes the gradients")
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """Nothing, as the transform takes the gradients."""
+        """Nothing, as automatic differentiation takes the gradients."""
         return ()
 
 
@@ -280,11 +280,14 @@ def fixed(tableau: Tableau, times: Sequence[float]) -> March:
     return march
 
 
-def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, max_nfe: int) -> March:
+def adaptive(
+    tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, max_nfe: int, trust: float = 1.0
+) -> March:
     """
     Steps chosen such that for every sample the root mean square of error / (atol + rtol \\|x\\|) stays below 1, and the
     same of the integral. The first step tries the whole interval, which a smooth field often allows; later ones divide
-    what is left of it evenly.
+    what is left of it evenly. The first try passes up to a ratio of trust: an estimate of the error over the whole
+    interval can be small by chance.
 
     The march raises an ArithmeticError if the end is out of reach.
     """
@@ -301,7 +304,8 @@ def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, m
                 raise ArithmeticError(f"the end is out of reach from t = {t}")
             step = _take(tape, tableau, t, end, path, known, (rtol, atol))
             path.nfe += len(tableau.b)
-            if step.ratio <= 1:
+            accepted = step.ratio <= (trust if end - t == t1 - t0 else 1)
+            if accepted:
                 path.x, path.integral, known = step.x, step.integral, step.last
                 path.times.append(end)
                 path.records += step.records if keep else ()
@@ -313,7 +317,7 @@ def adaptive(tableau: Tableau, t0: float, t1: float, rtol: float, atol: float, m
             # A state that is not finite has no ratio.
             factor = 0.95 * max(step.ratio, 1e-10) ** (-1 / (tableau.order - 0.5)) if step.ratio < math.inf else 0.0
             longest = (end - t) * min(10.0, max(0.2, factor))
-            steps = max(1, math.ceil((t1 - path.times[-1]) / longest - 1e-6))
+            steps = max(1 if accepted else 2, math.ceil((t1 - path.times[-1]) / longest - 1e-6))
         return path
 
     return march
@@ -342,10 +346,11 @@ def _take(
     if tolerances is None:
         return _Step(x, integral, list(saved), records[0], None, 0.0)
     last = tape.record(end, x)
-    error = torch.maximum(
-        _error(tableau, h, path.x, x, (*slopes, last[0]), *tolerances).mean(0).max(),
-        _error(tableau, h, path.integral, integral, (*integrands, last[1]), *tolerances).max(),
-    )
+    with torch.no_grad():
+        error = torch.maximum(
+            _error(tableau, h, path.x, x, (*slopes, last[0]), *tolerances).mean(0).max(),
+            _error(tableau, h, path.integral, integral, (*integrands, last[1]), *tolerances).max(),
+        )
     return _Step(x, integral, list(saved), records[0], last, math.sqrt(float(error.detach())))
 
 

@@ -36,6 +36,9 @@ _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _ADAMS = ("explicit_adams", "implicit_adams")
 
+#: Without a tape the estimate of a first step's error must be so much smaller, or two steps are taken: of networks that
+#: were perturbed strongly a few had errors of 20 tolerances otherwise.
+_TRUST = 0.1
 _NO_TAPE = (
     "there is none for this field: for one of a grouped or masked conditioner and a closed-form transformer, without "
     "regularize=True, alone"
@@ -216,9 +219,9 @@ class Solver:
         if not stats.reason and (taped := self._by_tape(field, state, times, stats)) is not None:
             self._warn_if_not_compiled(stats)
             return Solution(taped, stats)
-        if runge_kutta.is_functional() and (plain := self._by_plain_steps(field, state, times, stats)) is not None:
-            stats.backend = "plain"
-            return Solution(plain, stats)
+        if (recorded := self._by_autograd(field, state, times, stats)) is not None:
+            self._warn_if_not_compiled(stats)
+            return Solution(recorded, stats)
         own = self.method in IMPLICIT_METHODS
         stats.backend = "implicit" if own else "scipy" if self.method == "scipy_solver" else "torchdiffeq"
         watch = Monitor if own or self.method == "scipy_solver" else StepMonitor
@@ -301,7 +304,7 @@ class Solver:
         stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
         return end, change + integral, *scores
 
-    def _march(self, times: Tensor) -> tuple[runge_kutta.Tableau, runge_kutta.March] | None:
+    def _march(self, times: Tensor, trust: float = 1.0) -> tuple[runge_kutta.Tableau, runge_kutta.March] | None:
         """The method and its steps, if it is one of our own with no options but "step_size"."""
         tableau = runge_kutta.TABLEAUS.get(self.method)
         known = set() if self.adaptive else {"step_size"}
@@ -309,35 +312,49 @@ class Solver:
             return None
         if self.adaptive:
             t0, t1 = times.tolist()
-            return tableau, runge_kutta.adaptive(tableau, t0, t1, self.rtol, self.atol, self.max_nfe)
+            return tableau, runge_kutta.adaptive(tableau, t0, t1, self.rtol, self.atol, self.max_nfe, trust)
         grid = _equal_steps(times, self.options.get("step_size")).tolist()
         return (tableau, runge_kutta.fixed(tableau, grid)) if (len(grid) - 1) * len(tableau.b) <= self.max_nfe else None
 
-    def _by_plain_steps(self, field: VectorField, state: AnyState, times: Tensor, stats: SolverStats) -> State | None:
-        """The state at the end under a transform of torch.func, which torchdiffeq's adaptive solves refuse."""
-        tensors = (*parts(state), *getattr(field, "tensors", ()))
-        batched = any(map(runge_kutta.is_batched, tensors))
-        method = None if isinstance(state, Tensor) or len(state) != 2 or self.adjoint else self._march(times)
-        if method is None or (batched and self.adaptive):
-            if batched or self.adaptive or self.adjoint:
-                raise RuntimeError(
-                    f"{self!r} cannot solve these dynamics under a transform of torch.func or in forward mode"
-                    + (": under vmap each sample would need steps of its own" if batched else "")
-                    + ". A flow is batched already: call it on the whole batch, use a fixed step (Solver('rk4')), or "
-                    "take derivatives by torch.autograd.functional.jacobian"
-                )
+    def _check_functional(self, batched: bool) -> None:
+        """Refuses solves that torchdiffeq and the adjoint method do not allow under a transform of torch.func."""
+        if batched or self.adaptive or self.adjoint:
+            raise RuntimeError(
+                f"{self!r} cannot solve these dynamics under a transform of torch.func or in forward mode"
+                + (": under vmap each sample would need steps of its own" if batched else "")
+                + ". A flow is batched already: call it on the whole batch, use a fixed step (Solver('rk4')), or "
+                "take derivatives by torch.autograd.functional.jacobian"
+            )
+
+    def _by_autograd(self, field: VectorField, state: AnyState, times: Tensor, stats: SolverStats) -> State | None:
+        """
+        The state at the end by steps that automatic differentiation records, if the dynamics are those of a flow, and
+        have no tape or are under a transform of torch.func, which torchdiffeq's adaptive solves refuse.
+        """
+        functional = runge_kutta.is_functional()
+        batched = functional and any(map(runge_kutta.is_batched, (*parts(state), *getattr(field, "tensors", ()))))
+        ours = hasattr(field, "tape") and not isinstance(state, Tensor) and len(state) == 2 and not self.adjoint
+        method = self._march(times, _TRUST) if ours and (functional or stats.reason == _NO_TAPE) else None
+        if functional and (method is None or (batched and self.adaptive)):
+            self._check_functional(batched)
+        if method is None:
             return None
         _, march = method
         x, integral = state
-        tape = runge_kutta.PlainTape(field, x.shape[:-1])
+        tape = runge_kutta.AutogradTape(field, x.shape[:-1])
         try:
             path = march(tape, tape.pack(x), False)
         except ArithmeticError as error:
+            if not functional:
+                return None
             raise SolverError(f"method {self.method!r} failed under a transform of torch.func: {error}") from error
-        stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
         end = tape.unpack(path.x), integral + path.integral.view(integral.shape)
         if not batched and not are_finite(end):
+            if not functional:
+                return None
             raise SolverError("the state became non-finite under a transform of torch.func")
+        stats.backend = "autograd"
+        stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
         return end
 
     def _odeint(self, func: VectorField, state: State, times: Tensor, tensors: tuple[Tensor, ...] | None) -> State:
