@@ -300,7 +300,7 @@ def test_densities_that_are_nan_for_a_class_are_named():
             loc = pick(locs, k)
             density = torch.where((k == 2) & (loc > 1.5), math.nan, 0.0)
             x = X.expand((density + X).shape)
-            pyro.sample("x", dist.Delta(x, log_densities=density.expand(x.shape), validate_args=False), obs=X)
+            pyro.sample("x", dist.Delta(x, log_density=density.expand(x.shape), validate_args=False), obs=X)
 
     with pytest.raises(ValueError, match="log_prob of site 'x' of the model is nan for [0-9]+ of 100 samples"):
         diagnose(model, guide_of(mixture), num_samples=100)

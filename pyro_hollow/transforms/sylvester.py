@@ -109,6 +109,9 @@ class ConditionalSylvester(ConditionalTransformModule):
     network gives, so that :math:`(R_1)_{mm} (R_2)_{mm} > -1`, which makes the flow invertible. It generalizes the
     planar flow to M hidden units at once.
 
+    Pyro's own :class:`~pyro.distributions.transforms.Sylvester` (1.9.1) has a log-determinant that is not that of its
+    map; ``findings/pyro_sylvester_log_det.sh`` measures it.
+
     Together with :class:`~pyro.distributions.ConditionalTransformedDistribution` this provides a way to create richer
     variational approximations, for example the posterior of a variational autoencoder, with the context from the
     encoder.
