@@ -93,9 +93,22 @@ def test_memory_of_a_step():
 
 
 def test_speed_of_whole_solves():
-    rows = speed.tape_over_autograd([(2, 4), (3, 2)], repeats=1)[2:]
-    assert len(rows) == 2 * len(speed.SOLVERS) and all(row.startswith(("| 2, 4 |", "| 3, 2 |")) for row in rows)
-    assert all(float(row.split("|")[3]) > 0 for row in rows)
+    rows = [row.split(" | ") for row in speed.solves([(2, 4), (3, 2)], repeats=1)[2:]]
+    assert len(rows) == 2 * len(speed.SOLVERS) * len(speed.FIELDS)
+    for field, size, _, milliseconds, evaluations, ratio, others, tape, _ in rows:
+        assert size in ("2, 4", "3, 2") and min(map(float, (milliseconds, ratio))) > 0
+        assert min(int(evaluations), int(others)) >= 7 and (tape == "-") == (field != "| grouped")
+
+
+def test_a_step_by_torchdiffeq_leaves_the_gradients_of_recorded_steps():
+    for make in speed.FIELDS.values():
+        flow, x, gradients = make(3), torch.randn(4, 3), []
+        flow.solver = speed.SOLVERS["rk4, 4 steps"]
+        for step in (speed._step_by_torchdiffeq, speed._step_of_density):
+            flow.zero_grad()
+            step(flow, x)
+            gradients.append([parameter.grad for parameter in flow.parameters()])
+        torch.testing.assert_close(*gradients)
 
 
 def test_chosen_tables_of_speed(capsys):

@@ -17,6 +17,7 @@ closed form, as :class:`~pyro_hollow.transforms.FreeFormCNF` does for a network 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import resource
 import subprocess
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 
 from pyro_hollow.experiments.progress import Progress
 from pyro_hollow.infer import AutoHollowCNF
-from pyro_hollow.nn import ClosedFormTransformer, ConditionalHollowNN, HollowNN
+from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver
 from pyro_hollow.ops import dimwise_derivatives
 from pyro_hollow.transforms import FreeFormCNF, FreeFormNN, HollowCNF
@@ -101,7 +102,7 @@ class SourceCNF(HollowCNF):
 
 
 class AutogradField:
-    """A hollow field without its tape: torchdiffeq solves, automatic differentiation goes back."""
+    """A hollow field without its tape: automatic differentiation goes back through the steps."""
 
     def __init__(self, net: ConditionalHollowNN) -> None:
         field = net.bind()
@@ -254,36 +255,53 @@ def can_compile(device: str) -> bool:
     return device == "cpu"
 
 
-def tape_over_autograd(sizes: Sequence[tuple[int, int]], repeats: int, device: str = "cpu") -> list[str]:
-    """Rows: whole solves, forward + backward, by tape, compiled and by torchdiffeq with automatic differentiation."""
+#: Fields with and without a tape.
+FIELDS: dict[str, Callable[[int], HollowCNF | FreeFormCNF]] = {
+    "grouped": lambda d: HollowCNF(HollowNN(d, max_rate=4.0)),  # as in a flow
+    "leave-one-out": lambda d: HollowCNF(HollowNN(d, max_rate=4.0, conditioner="leave-one-out")),
+    "free-form": lambda d: FreeFormCNF(free_form_peer(d, 100 * d + 5000)),
+}
+
+
+def solves(sizes: Sequence[tuple[int, int]], repeats: int, device: str = "cpu") -> list[str]:
+    """Rows: whole solves, forward + backward, by torchdiffeq, by recorded steps, by tape and compiled."""
     lines = [
-        "| d, batch | solver | by tape (ms) | evaluations | by autograd (ms) | evaluations | ratio | compiled (ms) | "
-        "ratio |",
+        "| field | d, batch | solver | torchdiffeq (ms) | evaluations | autograd | evaluations | tape | compiled |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    compiles = can_compile(device)
-    for d, batch in sizes:
-        net = HollowNN(d, max_rate=4.0)  # as in a flow
-        assert isinstance(net.transformer, ClosedFormTransformer)
-        nn.init.normal_(net.transformer.output_weight, std=0.1)  # a field that has learned something
-        net.to(device)
+    for (kind, make), (d, batch), (name, solver) in itertools.product(FIELDS.items(), sizes, SOLVERS.items()):
+        flow = make(d)
+        with torch.no_grad():  # a field that has learned something
+            for parameter in flow.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        flow.to(device).solver = solver
         x = torch.randn(batch, d, device=device)
-        for name, solver in SOLVERS.items():
-            flows = {"tape": HollowCNF(net, solver=solver), "autograd": AutogradCNF(net, solver=solver)}
-            if compiles:
-                flows["compiled"] = HollowCNF(net, solver=replace(solver, compile=True))
-            steps: dict[str, Callable[[], object]] = {k: partial(_step_of_density, f, x) for k, f in flows.items()}
-            times = interleaved(steps, repeats, f"solve, d = {d}, {name}")
-            last = "- | -"
-            if compiles:
-                last = f"{times['compiled'] * 1e3:.1f} | {times['autograd'] / times['compiled']:.1f}"
-            nfe = {k: flow.last_solve.nfe if flow.last_solve else 0 for k, flow in flows.items()}
-            ratio = times["autograd"] / times["tape"]
-            lines.append(
-                f"| {d}, {batch} | {name} | {times['tape'] * 1e3:.1f} | {nfe['tape']} | "
-                f"{times['autograd'] * 1e3:.1f} | {nfe['autograd']} | {ratio:.1f} | {last} |"
-            )
+        flows: dict[str, HollowCNF | FreeFormCNF] = {"autograd": flow}
+        if kind == "grouped":
+            assert isinstance(flow.nn, HollowNN)
+            flows = {"autograd": AutogradCNF(flow.nn, solver=solver), "tape": flow}
+            if can_compile(device):
+                flows["compiled"] = HollowCNF(flow.nn, solver=replace(solver, compile=True))
+        steps: dict[str, Callable[[], object]] = {k: partial(_step_of_density, f, x) for k, f in flows.items()}
+        steps["torchdiffeq"] = partial(_step_by_torchdiffeq, flow, x)
+        times = interleaved(steps, repeats, f"solve of {kind}, d = {d}, {name}")
+        found = flows["autograd"].last_solve
+        ratios = [f"{times[k] / times['torchdiffeq']:.2f}" if k in times else "-" for k in ("tape", "compiled")]
+        lines.append(
+            f"| {kind} | {d}, {batch} | {name} | {times['torchdiffeq'] * 1e3:.1f} | {_step_by_torchdiffeq(flow, x)} | "
+            f"{times['autograd'] / times['torchdiffeq']:.2f} | {found.nfe if found else 0} | {' | '.join(ratios)} |"
+        )
     return lines
+
+
+def _step_by_torchdiffeq(flow: HollowCNF | FreeFormCNF, x: Tensor) -> int:
+    """A training step of a density whose field the solver does not know; returns the number of evaluations."""
+    field = flow._bind()
+    state = x, x.new_zeros(x.shape[:-1])
+    solution = flow.solver.integrate(lambda t, pair: field.with_divergence(t, pair[0]), state, flow.time, 0.0)
+    z, ladj = solution.state
+    (z.pow(2).sum(-1) / 2 - ladj).mean().backward()
+    return solution.stats.nfe
 
 
 def _step_of_density(flow: HollowCNF | FreeFormCNF, x: Tensor) -> None:
@@ -414,9 +432,9 @@ TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], list[str]]]] = {
         "Time of the peers relative to the hollow field with divergence, forward + backward",
         lambda args: peers_over_hollow([d for d in args.dims if d <= 256], args.batch_size, args.repeats, args.device),
     ),
-    "tape": (
-        "One training step of a density, solved and differentiated by tape and by autograd",
-        lambda args: tape_over_autograd([(2, 32), (10, 32), (40, 32), (64, 256)], args.repeats, args.device),
+    "solves": (
+        "Time of a training step of a density relative to torchdiffeq's, by recorded steps, by tape and compiled",
+        lambda args: solves([(2, 32), (10, 32), (40, 32), (64, 256)], args.repeats, args.device),
     ),
     "svi": (
         "Time of an SVI step with 32 particles, relative to that with AutoIAFNormal, a fresh guide",

@@ -135,7 +135,7 @@ class AutoHollowCNF(AutoContinuous):
         negative ELBO, and samples for other purposes are to be drawn without gradients or after ``guide.eval()``.
     :param bool compile: solve in compiled code where there is some, as ``Solver(compile=True)``. With 32 particles on
         two cores a step takes 0.5 to 0.6 of the time for 10 latents, and hardly less for 40, where it ends
-        (``python -m pyro_hollow.experiments.speed --table tape svi``). The first call compiles, which takes a second.
+        (``python -m pyro_hollow.experiments.speed --table solves svi``). The first call compiles, which takes a second.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
         "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
