@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Initial value problems, by torchdiffeq or by tape, with per-sample error control, statistics and errors that help."""
+"""Initial value problems, with error control for each sample, statistics, and errors that help."""
 
 from __future__ import annotations
 
@@ -97,17 +97,19 @@ class Solver:
     being differentiated by the implicit function theorem; with ``adjoint=True`` one at a time in the backward pass,
     from the stored states, for the same gradients in less memory. Neither can be differentiated again.
 
-    A field that has a tape, as a Hollow-CNF with a grouped or masked conditioner has for "dopri5", "bosh3" and the
-    first five methods of fixed step, is solved without torchdiffeq and differentiated by hand: to the same tolerances
-    and with the gradients as exact, in fewer operations. An adaptive solve of that kind first tries the whole interval
-    in one step; later steps divide what is left of it evenly. (With other options than "step_size", under autocast and
-    when traced or transformed, torchdiffeq solves.) With ``compile=True`` such solves run in compiled code where the
-    network is small: on a CPU, for a grouped conditioner, the activations "silu" and "tanh", and up to 4 million
-    products of samples and weights in an evaluation (32 samples up to about 40 dimensions); all else runs as without,
-    with a warning that says why, and :class:`SolverStats` tell which code ran.
-    With their backward pass they take 0.4 to 0.7 of the time up to 10 dimensions, and hardly less at 40. It takes a C
-    compiler (the one that the environment variable CC names, or cc, gcc or clang) and, once in each process, a second
-    to compile.
+    Flows are solved by steps of our own for "dopri5", "bosh3" and the first five methods of fixed step, to the same
+    tolerances as by torchdiffeq. An adaptive solve first tries the whole interval in one step; later steps divide the
+    rest of it evenly. A Hollow-CNF with a grouped or masked conditioner has a tape, by which its steps are
+    differentiated by hand; the steps of other flows are recorded by automatic differentiation. Torchdiffeq solves with
+    other options than "step_size", with ``adjoint=True``, with ``regularize=True``, under autocast, for scores of flows
+    without a tape, and for fields of users.
+
+    With ``compile=True`` solves by tape run in compiled code where the network is small: on a CPU, for a grouped
+    conditioner, the activations "silu" and "tanh", and up to 4 million products of samples and weights in an evaluation
+    (32 samples up to about 40 dimensions); all else runs as without, with a warning that says why, and
+    :class:`SolverStats` tell which code ran. With their backward pass they take 0.4 to 0.7 of the time up to 10
+    dimensions, and hardly less at 40. It takes a C compiler (the one that the environment variable CC names, or cc, gcc
+    or clang) and, once in each process, a second to compile.
 
     :param str method: a name in :data:`METHODS`.
     :param float rtol: relative tolerance of adaptive methods.
