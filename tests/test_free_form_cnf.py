@@ -430,6 +430,27 @@ def test_sample_and_its_score_share_the_estimate(probe, adjoint):
     assert_close(-flow.inv.log_abs_det_jacobian(y, flow.inv(y)), ladj, rtol=0, atol=0)
 
 
+class Wrong(nn.Module):
+    """A field of another shape than the state, which broadcasts."""
+
+    input_dim = 3
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.layer, self.reduce = nn.Linear(3, 3), reduce
+
+    def forward(self, t, x):
+        return self.reduce(self.layer(x))
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+@pytest.mark.parametrize("reduce", [lambda f: f[..., :1], lambda f: f.sum(0)], ids=["columns", "batch"])
+def test_fields_of_another_shape_are_refused(reduce, divergence, solver):
+    with pytest.raises((ValueError, RuntimeError), match=r"must return shapes|must match|shape mismatch|Mismatch"):
+        FreeFormCNF(Wrong(reduce), divergence=divergence, solver=solver)(torch.randn(4, 3))
+
+
 @pytest.mark.parametrize(
     "divergence, probe", [("exact", "rademacher"), ("hutchinson", "rademacher"), ("hutchinson", "gaussian")]
 )

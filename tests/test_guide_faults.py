@@ -18,6 +18,7 @@ from pyro.infer import SVI, JitTrace_ELBO, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList
 from pyro.infer.autoguide.initialization import init_to_feasible, init_to_median
 from pyro.optim import Adam, ClippedAdam
+from torch.distributions import biject_to, transform_to
 from torch.testing import assert_close
 
 from pyro_hollow import AutoHollowCNF, Solver, diagnose
@@ -448,11 +449,37 @@ def test_a_guide_of_a_mixture_of_equal_components_is_that_of_the_component():
     assert_close(*results)
 
 
-def test_mixture_components_of_different_supports_are_refused():
-    def model():
-        pyro.sample("z", mixture(dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0]))))
+MIXTURES = {
+    "scalar": lambda: mixture(dist.Uniform(torch.ones(2), torch.full((2,), 3.0))),
+    "batch": lambda: mixture(dist.Uniform(torch.ones(4, 2), torch.full((4, 2), 3.0))),
+    "vector": lambda: mixture(dist.Uniform(torch.ones(2, 3), torch.full((2, 3), 3.0)).to_event(1)),
+    "bound without components": lambda: mixture(dist.Uniform(torch.ones(3), torch.full((2, 3), 3.0)).to_event(1)),
+    "mixture": lambda: mixture(mixture(dist.Uniform(torch.ones(2, 5), torch.full((2, 5), 3.0)))),
+    "mixture of vectors": lambda: mixture(
+        mixture(dist.Uniform(torch.ones(2, 5, 3), torch.full((2, 5, 3), 3.0)).to_event(1))
+    ),
+}
 
-    with pytest.raises(NotImplementedError, match=r"one support.*upper_bound is \[1.0, 2.0\]"):
+
+@pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES)
+def test_the_bijection_of_a_mixture_keeps_shapes_and_ends_in_the_support(make):
+    prior = make()
+    for registry in (biject_to, transform_to):
+        bijection, x = registry(prior.support), torch.randn(prior.shape())
+        y = bijection(x)
+        assert y.shape == prior.shape() and prior.support.check(y).all()
+        assert_close(y, 1 + 2 * x.sigmoid())
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (3, 2)], ids=str)
+def test_mixture_components_of_different_supports_are_refused(shape):
+    upper = 1.0 + torch.arange(2.0).reshape(2, *shape[1:]) if shape[0] == 2 else torch.tensor([1.0, 2.0]).expand(shape)
+
+    def model():
+        components = dist.Uniform(torch.zeros(shape), upper)
+        pyro.sample("z", mixture(components.to_event(1) if shape == (2, 1) else components).to_event())
+
+    with pytest.raises(NotImplementedError, match="one support.*upper_bound is"):
         small(model).setup()
 
 

@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A bijection to the support of mixtures, for which torch (up to 2.13) has none.
+A bijection to the support of mixtures, for which torch has none (2.13).
 
 Importing this module registers it in torch's ``biject_to`` and ``transform_to``, as Pyro does for its own constraints,
 so that a :class:`~torch.distributions.MixtureSameFamily` can be a prior for every automatic guide.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
@@ -23,22 +25,28 @@ def mixture_bijection(constraint: constraints.Constraint) -> Transform:
     :param constraint: the support of a :class:`~torch.distributions.MixtureSameFamily`.
     :raises NotImplementedError: for components with different supports.
     """
-    base = constraint.base_constraint  # type: ignore[attr-defined]
-    bounds = {name: getattr(base, name) for name in ("lower_bound", "upper_bound") if hasattr(base, name)}
-    if not any(isinstance(bound, Tensor) and bound.dim() for bound in bounds.values()):
-        return biject_to(base)
-    shared = {}
-    for name, bound in bounds.items():
-        if not (isinstance(bound, Tensor) and bound.dim()):
-            shared[name] = bound
-            continue
-        shared[name] = bound[..., 0]
-        if not bool((bound == bound[..., :1]).all()):
+    return biject_to(_shared(constraint.base_constraint, -1))  # type: ignore[attr-defined]
+
+
+def _shared(constraint: Any, dim: int) -> constraints.Constraint:
+    """A support without the dimension of the components in its bounds."""
+    if isinstance(constraint, constraints.independent):
+        base = _shared(constraint.base_constraint, dim - constraint.reinterpreted_batch_ndims)
+        return constraints.independent(base, constraint.reinterpreted_batch_ndims)
+    if hasattr(constraint, "base_constraint"):  # the components are mixtures themselves
+        return type(constraint)(_shared(constraint.base_constraint, dim - 1))
+    bounds = {name: getattr(constraint, name) for name in ("lower_bound", "upper_bound") if hasattr(constraint, name)}
+    shared = {name: bound for name, bound in bounds.items() if not (isinstance(bound, Tensor) and bound.dim() >= -dim)}
+    if len(shared) == len(bounds):
+        return constraint
+    for name in bounds.keys() - shared.keys():
+        shared[name] = bounds[name].select(dim, 0)
+        if not bool((bounds[name] == shared[name].unsqueeze(dim)).all()):
             raise NotImplementedError(
                 f"components of a mixture must have one support for an automatic guide, but their {name} is "
-                f"{bound.tolist()}; use components that share it, or a discrete site that is enumerated"
+                f"{bounds[name].tolist()}; use components that share it, or a discrete site that is enumerated"
             )
-    return biject_to(type(base)(**shared))
+    return type(constraint)(**shared)
 
 
 _constraint = getattr(constraints, "MixtureSameFamilyConstraint", None)  # older releases have that of the components

@@ -24,6 +24,7 @@ __all__ = [
     "TABLEAUS",
     "Path",
     "AutogradTape",
+    "OutOfReach",
     "Tableau",
     "Tape",
     "Taped",
@@ -206,6 +207,10 @@ Record = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 March = Callable[[Tape, Tensor, bool], Path]
 
 
+class OutOfReach(ArithmeticError):
+    """An adaptive solve that does not come to its end."""
+
+
 def is_transformed() -> bool:
     """True if operations are traced, or differentiated by other means than a backward pass."""
     return torch.jit.is_tracing() or is_functional()
@@ -252,6 +257,11 @@ class AutogradTape:
         state = self.unpack(x)
         time = torch.tensor(t, dtype=x.dtype, device=x.device)
         f, q = self._dynamics(time, (state, state.new_zeros(self._batch_shape)))
+        if f.shape != state.shape or q.shape != self._batch_shape:  # which would broadcast
+            raise ValueError(
+                f"field must return shapes {tuple(state.shape)} and {tuple(self._batch_shape)} for value and "
+                f"divergence, but returned {tuple(f.shape)} and {tuple(q.shape)}"
+            )
         return self.pack(f), q.reshape(-1), ()
 
     def pull(
@@ -289,7 +299,7 @@ def adaptive(
     what is left of it evenly. The first try passes up to a ratio of trust: an estimate of the error over the whole
     interval can be small by chance.
 
-    The march raises an ArithmeticError if the end is out of reach.
+    The march raises :class:`OutOfReach` if the end is.
     """
 
     def march(tape: Tape, x: Tensor, keep: bool) -> Path:
@@ -301,7 +311,7 @@ def adaptive(
             t = path.times[-1]
             end = t1 if steps == 1 else t + (t1 - t) / steps
             if path.nfe + len(tableau.b) > max_nfe or abs(end - t) < smallest:
-                raise ArithmeticError(f"the end is out of reach from t = {t}")
+                raise OutOfReach(f"the end is out of reach from t = {t}")
             step = _take(tape, tableau, t, end, path, known, (rtol, atol))
             path.nfe += len(tableau.b)
             accepted = step.ratio <= (trust if end - t == t1 - t0 else 1)
@@ -309,9 +319,11 @@ def adaptive(
                 path.x, path.integral, known = step.x, step.integral, step.last
                 path.times.append(end)
                 path.records += step.records if keep else ()
-            else:
+            elif bool(step.first[0].isfinite().all()):
                 path.rejected += 1
                 known = step.first
+            else:
+                raise OutOfReach(f"the field is not finite at t = {t}")
             # Bolder than by the book (0.9 and the order): far from the tolerance errors fall more slowly than by the
             # order, and in the flows of guides a few more rejected steps cost less than more steps to go back through.
             # A state that is not finite has no ratio.
@@ -400,7 +412,7 @@ def solve(
     :param bool compile: whether to take a compiled tape where there is one.
     :returns: the state at the end, the integral of q and, without gradients, the score if one was given, with shapes
         ``(*, d)``, ``(*,)`` and ``(*, d)``; and how it went. None if the field has no tape.
-    :raises ArithmeticError: if the end is out of reach.
+    :raises OutOfReach: if the end is.
     """
     tape = _make_tape(field, x, compile)
     if tape is None:

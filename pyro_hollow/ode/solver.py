@@ -36,8 +36,8 @@ _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _ADAMS = ("explicit_adams", "implicit_adams")
 
-#: Without a tape the estimate of a first step's error must be so much smaller, or two steps are taken: of networks that
-#: were perturbed strongly a few had errors of 20 tolerances otherwise.
+#: The estimate of a first step's error must be so much smaller, or two steps are taken: otherwise a few strongly
+#: perturbed networks end with errors of 20 tolerances. Solves by tape keep 1, for speed.
 _TRUST = 0.1
 _NO_TAPE = (
     "there is none for this field: for one of a grouped or masked conditioner and a closed-form transformer, without "
@@ -101,8 +101,9 @@ class Solver:
     tolerances as by torchdiffeq. An adaptive solve first tries the whole interval in one step; later steps divide the
     rest of it evenly. A Hollow-CNF with a grouped or masked conditioner has a tape, by which its steps are
     differentiated by hand; the steps of other flows are recorded by automatic differentiation. Torchdiffeq solves with
-    other options than "step_size", with ``adjoint=True``, with ``regularize=True``, under autocast, for scores of flows
-    without a tape, and for fields of users.
+    other options than "step_size", with ``adjoint=True``, with ``regularize=True``, under autocast, when traced, for
+    scores of flows without a tape, and for fields of users. It also solves again where our steps do not reach the end,
+    to say why; the number of evaluations is then its own.
 
     With ``compile=True`` solves by tape run in compiled code where the network is small: on a CPU, for a grouped
     conditioner, the activations "silu" and "tanh", and up to 4 million products of samples and weights in an evaluation
@@ -295,7 +296,7 @@ class Solver:
         try:
             taped = cast(runge_kutta.Taped, field)
             result = runge_kutta.solve(taped, generic, tableau, march, x, next(iter(scores), None), self.compile)
-        except ArithmeticError:
+        except runge_kutta.OutOfReach:
             return None
         if result is None:
             stats.reason = _NO_TAPE
@@ -330,12 +331,12 @@ class Solver:
 
     def _by_autograd(self, field: VectorField, state: AnyState, times: Tensor, stats: SolverStats) -> State | None:
         """
-        The state at the end by steps that automatic differentiation records, if the dynamics are those of a flow, and
-        have no tape or are under a transform of torch.func, which torchdiffeq's adaptive solves refuse.
+        The state at the end by steps that automatic differentiation records. For the dynamics of flows: those without a
+        tape, and all under a transform of torch.func, which torchdiffeq's adaptive solves refuse.
         """
         functional = runge_kutta.is_functional()
         batched = functional and any(map(runge_kutta.is_batched, (*parts(state), *getattr(field, "tensors", ()))))
-        ours = hasattr(field, "tape") and not isinstance(state, Tensor) and len(state) == 2 and not self.adjoint
+        ours = getattr(field, "quadrature", False) and len(state) == 2 and not self.adjoint
         method = self._march(times, _TRUST) if ours and (functional or stats.reason == _NO_TAPE) else None
         if functional and (method is None or (batched and self.adaptive)):
             self._check_functional(batched)
@@ -346,13 +347,15 @@ class Solver:
         tape = runge_kutta.AutogradTape(field, x.shape[:-1])
         try:
             path = march(tape, tape.pack(x), False)
-        except ArithmeticError as error:
+        except runge_kutta.OutOfReach as error:
             if not functional:
+                stats.reason = "steps of our own did not reach the end"
                 return None
             raise SolverError(f"method {self.method!r} failed under a transform of torch.func: {error}") from error
-        end = tape.unpack(path.x), integral + path.integral.view(integral.shape)
+        end = tape.unpack(path.x).contiguous(), integral + path.integral.view(integral.shape)
         if not batched and not are_finite(end):
             if not functional:
+                stats.reason = "steps of our own did not reach the end"
                 return None
             raise SolverError("the state became non-finite under a transform of torch.func")
         stats.backend = "autograd"

@@ -100,7 +100,7 @@ def time_derivative(field: FieldFunction, t: Tensor, x: Tensor) -> tuple[Tensor,
     :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
     :param Tensor x: positions with shape ``(*, d)``.
     :returns: the value and its derivative, of the same shape; differentiable where gradients are enabled.
-    :raises RuntimeError: for a function that has no forward mode, as a solve of torchdiffeq, and so a flow, has none.
+    :raises RuntimeError: for a function that has no forward mode, such as a solve of torchdiffeq.
 
     Example usage:
 
