@@ -285,9 +285,8 @@ class Solver:
     def _by_tape(self, field: VectorField, state: State, times: Tensor, stats: SolverStats) -> State | None:
         """The state at the end, if the field has a tape for it, and if all goes well; else the reason in stats."""
         stats.reason = "its tape did not reach the end"
-        if (method := self._march(times)) is None:
+        if (march := self._march(times)) is None:
             return None
-        tableau, march = method
         x, integral, *scores = state
 
         def generic(x: Tensor) -> tuple[Tensor, ...]:
@@ -295,7 +294,9 @@ class Solver:
 
         try:
             taped = cast(runge_kutta.Taped, field)
-            result = runge_kutta.solve(taped, generic, tableau, march, x, next(iter(scores), None), self.compile)
+            result = runge_kutta.solve(
+                taped, generic, runge_kutta.TABLEAUS[self.method], march, x, next(iter(scores), None), self.compile
+            )
         except runge_kutta.OutOfReach:
             return None
         if result is None:
@@ -307,17 +308,17 @@ class Solver:
         stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
         return end, change + integral, *scores
 
-    def _march(self, times: Tensor, trust: float = 1.0) -> tuple[runge_kutta.Tableau, runge_kutta.March] | None:
-        """The method and its steps, if it is one of our own with no options but "step_size"."""
+    def _march(self, times: Tensor, trust: float = 1.0) -> runge_kutta.March | None:
+        """The steps of the method, if it is one of our own with no options but "step_size"."""
         tableau = runge_kutta.TABLEAUS.get(self.method)
         known = set() if self.adaptive else {"step_size"}
         if tableau is None or set(self.options) - known:
             return None
         if self.adaptive:
             t0, t1 = times.tolist()
-            return tableau, runge_kutta.adaptive(tableau, t0, t1, self.rtol, self.atol, self.max_nfe, trust)
+            return runge_kutta.adaptive(tableau, t0, t1, self.rtol, self.atol, self.max_nfe, trust)
         grid = _equal_steps(times, self.options.get("step_size")).tolist()
-        return (tableau, runge_kutta.fixed(tableau, grid)) if (len(grid) - 1) * len(tableau.b) <= self.max_nfe else None
+        return runge_kutta.fixed(tableau, grid) if (len(grid) - 1) * len(tableau.b) <= self.max_nfe else None
 
     def _check_functional(self, batched: bool) -> None:
         """Refuses solves that torchdiffeq and the adjoint method do not allow under a transform of torch.func."""
@@ -337,27 +338,23 @@ class Solver:
         functional = runge_kutta.is_functional()
         batched = functional and any(map(runge_kutta.is_batched, (*parts(state), *getattr(field, "tensors", ()))))
         ours = getattr(field, "quadrature", False) and len(state) == 2 and not self.adjoint
-        method = self._march(times, _TRUST) if ours and (functional or stats.reason == _NO_TAPE) else None
-        if functional and (method is None or (batched and self.adaptive)):
+        march = self._march(times, _TRUST) if ours and (functional or stats.reason == _NO_TAPE) else None
+        if functional and (march is None or (batched and self.adaptive)):
             self._check_functional(batched)
-        if method is None:
+        if march is None:
             return None
-        _, march = method
         x, integral = state
         tape = runge_kutta.AutogradTape(field, x.shape[:-1])
         try:
             path = march(tape, tape.pack(x), False)
+            end = tape.unpack(path.x).contiguous(), integral + path.integral.view(integral.shape)
+            if not batched and not are_finite(end):
+                raise runge_kutta.OutOfReach("the state became non-finite")
         except runge_kutta.OutOfReach as error:
-            if not functional:
-                stats.reason = "steps of our own did not reach the end"
-                return None
-            raise SolverError(f"method {self.method!r} failed under a transform of torch.func: {error}") from error
-        end = tape.unpack(path.x).contiguous(), integral + path.integral.view(integral.shape)
-        if not batched and not are_finite(end):
-            if not functional:
-                stats.reason = "steps of our own did not reach the end"
-                return None
-            raise SolverError("the state became non-finite under a transform of torch.func")
+            if functional:
+                raise SolverError(f"method {self.method!r} failed under a transform of torch.func: {error}") from error
+            stats.reason = "steps of our own did not reach the end"
+            return None
         stats.backend = "autograd"
         stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
         return end

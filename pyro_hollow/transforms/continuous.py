@@ -72,6 +72,8 @@ class _Augmented:
     """The dynamics of the pair (state, log-determinant)."""
 
     network: nn.Module
+    #: True if nothing depends on the parts of the state after the first.
+    quadrature = True
 
     def __init__(self, field: Field) -> None:
         self.tensors = field.tensors
@@ -80,8 +82,6 @@ class _Augmented:
         self.tape = getattr(field, "tape", lambda batch_shape, compile=False: None)
         #: The dynamics of the state alone, of which the rest is an integral, where the field can be called for them.
         self.state_field = field if callable(field) else None
-        #: True if nothing depends on the parts of the state after the first.
-        self.quadrature = True
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return self._field.with_divergence(t, state[0])
@@ -90,9 +90,11 @@ class _Augmented:
 class _Scored(_Augmented):
     """The dynamics of (state, log-determinant, score), the last without gradients."""
 
+    quadrature = False  # the slope of the score depends on itself
+
     def __init__(self, field: Field) -> None:
         super().__init__(field)
-        self.state_field, self.quadrature = None, False  # the score is no integral: its slope depends on itself
+        self.state_field = None
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, score = state[0], state[2].detach()
