@@ -365,6 +365,6 @@ def test_the_other_line_of_arviz_works_alike(tmp_path):
     assert (int(version.stdout.split(".")[0]) >= 1) is not newer
     tests = [Path(__file__), Path(__file__).with_name("test_diagnostics.py")]
     run = subprocess.run(
-        [python, "-m", "pytest", "-q", *tests], capture_output=True, text=True, cwd=tests[0].parents[1]
+        [python, "-m", "pytest", "-q", *tests], capture_output=True, text=True, cwd=tests[0].parents[2]
     )
     assert run.returncode == 0, run.stdout[-3000:]

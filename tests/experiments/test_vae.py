@@ -38,7 +38,7 @@ SETTINGS = {
     "lr": 0.01,
     "num-samples": 3,
 }
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FIGURES = ("reconstructions.png", "samples.png")
 HOLLOW = ("hollow", "hollow-stochastic", "hollow-low-rank", "hollow-low-rank-2")
 CONTINUOUS = ("ffjord", "free-form-exact", "free-form-exact-path", *HOLLOW, *(f"{name}-path" for name in HOLLOW))
