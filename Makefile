@@ -23,6 +23,7 @@ lint: $(VENV)/lint.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/vae.done
 	$(BIN)/python -m pyro_hollow.experiments.speed
