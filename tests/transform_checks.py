@@ -20,7 +20,7 @@ from pyro_hollow import (
 from pyro_hollow.nn.conditioner import CONDITIONERS
 
 CONTEXT_DIM = 3
-TIGHT = Solver("dopri8", rtol=1e-9, atol=1e-9)
+TIGHT = Solver("dopri5", rtol=1e-8, atol=1e-8)
 QUICK = Solver("rk4", options={"step_size": 0.25})
 
 

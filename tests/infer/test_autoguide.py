@@ -565,7 +565,7 @@ def test_overdispersion(dtype):
     guide.tails.data.fill_(-math.inf)  # those of a Gaussian
 
     def mean_square():
-        with pyro.plate("particles", 4000, dim=-1):
+        with pyro.plate("particles", 1000, dim=-1):
             z = guide()["z"].detach()
         loc = guide.affine[:, 0].detach() * autoguide._AFFINE_RATE
         return float((z - loc).square().mean() / 0.25)
@@ -576,7 +576,7 @@ def test_overdispersion(dtype):
         assert mean_square() == plain
     assert mean_square() == plain  # warms up
     assert mean_square() == stretched
-    assert Predictive(vector, guide=guide, num_samples=4000, parallel=True)()["z"].var() < 0.5
+    assert Predictive(vector, guide=guide, num_samples=1000, parallel=True)()["z"].var() < 0.5
     guide.eval()
     assert mean_square() == plain
     for clone in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
@@ -601,7 +601,7 @@ def test_stretched_samples_are_scored_by_the_guide(num_transforms, dtype, indepe
     assert ((values[0] - values[1]).abs() > 1e-3).any(-1).all()
 
 
-def fit_by_path(model, steps=400, **settings):
+def fit_by_path(model, steps=150, **settings):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     guide = AutoHollowCNF(model, path_gradient=True, hidden_dims=[8, 8], warm_up=50, **settings)
@@ -848,8 +848,8 @@ def test_supports(dtype, prior):
 def test_subsampled_data():
     data = torch.randn(50) + 2.0
     guide = small(data_model, warm_up=0)
-    svi = SVI(data_model, guide, Adam({"lr": 0.02}), Trace_ELBO(num_particles=2))
-    for _ in range(200):
+    svi = SVI(data_model, guide, Adam({"lr": 0.05}), Trace_ELBO(num_particles=2))
+    for _ in range(80):
         svi.step(data, 10)
     assert guide.median()["loc"] == pytest.approx(data.mean().item(), abs=0.3)
 
@@ -906,8 +906,8 @@ def test_beside_a_guide_of_local_latents():
     guide = AutoGuideList(local_model, create_plates=create_plates)
     guide.append(small(poutine.block(local_model, expose=["loc"])))
     guide.append(AutoNormal(poutine.block(local_model, expose=["z"])))
-    svi = SVI(local_model, guide, Adam({"lr": 0.05}), Trace_ELBO())
-    for _ in range(150):
+    svi = SVI(local_model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(80):
         svi.step(data, 10)
     assert guide.median(data, 10)["loc"] == pytest.approx(data.mean().item(), abs=0.6)
 
@@ -933,7 +933,7 @@ def test_beside_an_amortised_flow():
     guide.append(small(poutine.block(model, expose=["loc"])))
     guide.append(local_guide)
     svi = SVI(model, guide, Adam({"lr": 0.03}), Trace_ELBO())
-    losses = [svi.step(data[torch.randperm(size)[:5]]) for _ in range(100)]
+    losses = [svi.step(data[torch.randperm(size)[:5]]) for _ in range(60)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert guide[0].median()["loc"] == pytest.approx(2.0, abs=1.0)
 
@@ -1339,47 +1339,49 @@ def model():
     s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
     pyro.sample("x", dist.Normal(z.square().sum(-1), s), obs=torch.tensor(2.0))
 
-folder, action, way, warm_up = sys.argv[1:]
+folder, action = sys.argv[1:]
 solver = Solver("rk4", options={"step_size": 0.25})
-guide = AutoHollowCNF(model, [8, 8], num_transforms=2, solver=solver, warm_up=int(warm_up))
-optim = Adam({"lr": 0.05})
 x = torch.linspace(-1, 1, 8).view(2, 4)
-if action == "save":
-    pyro.set_rng_seed(0)
-    svi = SVI(model, guide, optim, Trace_ELBO())
-    for _ in range(6):
+for way in ("store", "state"):
+    file = f"{folder}/{way}"
+    pyro.clear_param_store()
+    guide = AutoHollowCNF(model, [8, 8], num_transforms=2, solver=solver, warm_up=3)
+    optim = Adam({"lr": 0.05})
+    if action == "save":
+        pyro.set_rng_seed(0)
+        svi = SVI(model, guide, optim, Trace_ELBO())
+        for _ in range(6):
+            svi.step()
+        if way == "state":
+            torch.save(guide.state_dict(), file)
+        else:
+            pyro.get_param_store().save(file)
+        torch.save(guide.get_posterior().log_prob(x).detach(), file + ".density")
+    else:
+        pyro.set_rng_seed(1)
+        if way == "state":
+            guide.load_state_dict(torch.load(file))
+        else:
+            pyro.get_param_store().load(file)
+        with torch.no_grad():
+            guide()
+        density = guide.get_posterior().log_prob(x).detach()
+        torch.testing.assert_close(density, torch.load(file + ".density"))
+        before = {key: value.detach().clone() for key, value in guide.named_parameters()}
+        svi = SVI(model, guide, optim, Trace_ELBO())
         svi.step()
-    if way == "state":
-        torch.save(guide.state_dict(), folder + "/guide")
-    else:
-        pyro.get_param_store().save(folder + "/guide")
-    torch.save(guide.get_posterior().log_prob(x).detach(), folder + "/density")
-else:
-    pyro.set_rng_seed(1)
-    if way == "state":
-        guide.load_state_dict(torch.load(folder + "/guide"))
-    else:
-        pyro.get_param_store().load(folder + "/guide")
-    with torch.no_grad():
-        guide()
-    density = guide.get_posterior().log_prob(x).detach()
-    torch.testing.assert_close(density, torch.load(folder + "/density"))
-    before = {key: value.detach().clone() for key, value in guide.named_parameters()}
-    svi = SVI(model, guide, optim, Trace_ELBO())
-    svi.step()
-    still = [key for key, value in guide.named_parameters() if torch.equal(value, before[key])]
-    assert not still, f"do not learn any more: {still}"
+        still = [key for key, value in guide.named_parameters() if torch.equal(value, before[key])]
+        assert not still, f"{way}: do not learn any more: {still}"
 """
 
 
-@pytest.mark.parametrize("way", ["state", "store"])
-def test_a_new_process(tmp_path, monkeypatch, way):
-    """Of what is saved here; Pyro's AutoMultivariateNormal passes with the store."""
+def test_a_new_process(tmp_path, monkeypatch):
+    """Of what is saved here, by the guide's state and by Pyro's store; AutoMultivariateNormal passes with the store."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "save", way, "3"])
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "save"])
     runpy.run_path(str(script))
-    command = [sys.executable, "-W", "error::UserWarning", str(script), str(tmp_path), "load", way, "3"]
+    command = [sys.executable, "-W", "error::UserWarning", str(script), str(tmp_path), "load"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-2000:]
 
@@ -1633,7 +1635,7 @@ def test_dirichlet(affine):
     counts = torch.bincount(data, minlength=4)
     evidence = prior.sum().lgamma() - posterior.sum().lgamma() + (posterior.lgamma() - prior.lgamma()).sum()
     assert counts.sum() == len(data)
-    guide = fit(model, small(model, warm_up=100, affine=affine), 300, data)
+    guide = fit(model, small(model, warm_up=50, affine=affine), 150, data)
     gap = evidence.item() - elbo(model, guide, data)
     assert -0.02 < gap < 0.1
     with torch.no_grad(), pyro.plate("particles", 2000, dim=-2):
@@ -1644,8 +1646,8 @@ def test_dirichlet(affine):
 
 
 def test_learns_what_a_normal_guide_cannot():
-    guide = fit(banana, small(banana, warm_up=60), 300)
-    normal = fit(banana, AutoMultivariateNormal(banana), 300)
+    guide = fit(banana, small(banana, warm_up=30), 150)
+    normal = fit(banana, AutoMultivariateNormal(banana), 150)
     own = elbo(banana, guide)
     assert own > elbo(banana, normal) + 0.3
     assert own < banana_evidence() + 0.05  # a wrong log-determinant would be rewarded without bound

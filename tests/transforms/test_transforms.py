@@ -84,8 +84,7 @@ def test_metadata(make):
 
 
 @every_flow
-@input_dims
-@pytest.mark.parametrize("batch_shape", [(3,), (3, 4, 5)])
+@pytest.mark.parametrize("input_dim, batch_shape", [(1, (3, 4, 5)), (2, (3,)), (5, (3, 4, 5))])
 def test_inverse(make, input_dim, batch_shape):
     check_inverse(make(input_dim, solver=TIGHT), batch_shape)
 
@@ -350,7 +349,7 @@ def test_parameters_that_are_not_finite(make, solver):
 
 @every_flow
 def test_diverging_field(make):
-    flow = make(2, solver=Solver(max_nfe=500))
+    flow = make(2, solver=Solver(max_nfe=100))
     with torch.no_grad():
         for parameter in flow.nn.parameters():
             parameter.mul_(1e4)
