@@ -226,7 +226,7 @@ def test_stiff_decay_is_damped(method, corrector):
 @methods
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float64, 1e-5)])
 def test_stiff_equations_are_solved_to_tolerance(method, corrector, dtype, tolerance):
-    field = dominant()
+    field = dominant(stiffness=1e2 if corrector == "fixed-point" else 1e3)
     field.matrix = field.matrix.to(dtype)
     x = torch.rand(5, 2, 4, dtype=dtype)
     solution = implicit(method, tolerance, corrector, max_nfe=100_000).integrate(field, x, 0.0, 0.7)
@@ -253,13 +253,13 @@ def test_jacobi_newton_needs_fewer_evaluations_than_the_others_where_the_diagona
     if method == "kvaerno3" and tolerance < 1e-5:
         pytest.skip("a method of order 3 takes steps so short here that nothing is stiff")
     field, x = dominant(stiffness=500.0), torch.rand(3, 4)
-
-    def evaluations(solver):
-        return solver.integrate(field, x, 0.0, 2.0).stats.nfe
-
-    ours = evaluations(implicit(method, tolerance, "jacobi-newton"))
-    assert ours < evaluations(implicit(method, tolerance, "fixed-point", max_nfe=10**6))
-    assert ours < evaluations(Solver("dopri5", tolerance, tolerance, max_nfe=10**6))
+    ours = implicit(method, tolerance, "jacobi-newton").integrate(field, x, 0.0, 2.0).stats.nfe
+    as_few = {"max_nfe": ours}
+    for other in (
+        implicit(method, tolerance, "fixed-point", **as_few), Solver("dopri5", tolerance, tolerance, **as_few)
+    ):  # fmt: skip
+        with pytest.raises(SolverError, match="more than max_nfe"):
+            other.integrate(field, x, 0.0, 2.0)
 
 
 @methods
@@ -379,7 +379,7 @@ def test_gradients_of_stiff_equations(method, make, adjoint):
     field, x = make(), torch.rand(3, 4, requires_grad=True)
     matrix = field.matrix.requires_grad_()
     wanted = torch.autograd.grad(field.exact(x, 1.0).square().sum(), (x, matrix))
-    end = implicit(method, 1e-7, adjoint=adjoint).integrate(field, x, 0.0, 1.0).state
+    end = implicit(method, 1e-6, adjoint=adjoint).integrate(field, x, 0.0, 1.0).state
     for actual, expected in zip(torch.autograd.grad(end.square().sum(), (x, matrix)), wanted, strict=True):
         assert (actual - expected).abs().max() < 1e-5
 
@@ -412,8 +412,9 @@ def test_a_module_is_a_field_with_its_parameters(adjoint):
     field = Decay()
     end = implicit("bdf", 1e-8, adjoint=adjoint).integrate(field, torch.zeros(2, 1), 0.0, 1.0).state
     (actual,) = torch.autograd.grad(end.sum(), field.rate)
-    tight = Solver(rtol=1e-11, atol=1e-11).integrate(field, torch.zeros(2, 1), 0.0, 1.0).state
-    torch.testing.assert_close(actual, torch.autograd.grad(tight.sum(), field.rate)[0], rtol=1e-5, atol=1e-8)
+    rate = field.rate
+    exact = (rate**2 * (math.cos(1.0) - torch.exp(-rate)) + rate * math.sin(1.0)) / (1 + rate**2)
+    torch.testing.assert_close(actual, torch.autograd.grad(2 * exact, rate)[0], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("adjoint", (False, True), ids=("direct", "adjoint"))
@@ -689,7 +690,7 @@ BODIES = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64)
 @pytest.mark.parametrize("field", (attracted, Attracted()), ids=("newton", "jacobi-newton"))
 @pytest.mark.parametrize("scale", (1.0, 1e-6), ids=("unit", "small"))
 def test_a_jacobian_that_is_not_finite_where_the_field_is_does_not_stop_a_solve(method, field, scale):
-    y, tolerance = scale * BODIES, {"rtol": 1e-7, "atol": 1e-9 * scale}
+    y, tolerance = scale * BODIES, {"rtol": 1e-6, "atol": 1e-8 * scale}
     solution = Solver(method, **tolerance).integrate(field, y, 0.0, 1.0)
     reference = Solver("dopri5", 1e-10, 1e-12 * scale).integrate(field, y, 0.0, 1.0).state
     torch.testing.assert_close(solution.state, reference, rtol=1e-5, atol=1e-6 * scale)
