@@ -64,8 +64,8 @@ def banana_evidence():
 def test_svi():
     guide, normal = flow_guide(small_flow(2)), AutoDiagonalNormal(banana)
     start = elbo(banana, guide)
-    fit(banana, guide, 300, max_plate_nesting=0)
-    fit(banana, normal, 300, max_plate_nesting=0)
+    fit(banana, guide, 200, max_plate_nesting=0)
+    fit(banana, normal, 200, max_plate_nesting=0)
     trained = elbo(banana, guide)
     assert trained > start + 10.0
     assert trained > elbo(banana, normal) + 0.15
@@ -98,7 +98,7 @@ def test_auto_normalizing_flow():
     x = torch.randn(40)
     y = 1.0 - 2.0 * x + 0.3 * torch.randn(40)
     guide = AutoNormalizingFlow(regression, small_flow)
-    losses = fit(regression, guide, 150, x, y, max_plate_nesting=1)
+    losses = fit(regression, guide, 100, x, y, max_plate_nesting=1)
     assert sum(losses[-20:]) / 20 < 40 < losses[0]
     predictive = Predictive(regression, guide=guide, num_samples=500, parallel=True, return_sites=["offset", "y"])
     samples = predictive(x)
@@ -116,7 +116,7 @@ def location(y):
 def test_auto_normalizing_flow_of_one_latent():
     y = torch.randn(3) + 1.0
     guide = AutoNormalizingFlow(location, small_flow)
-    fit(location, guide, 150, y, max_plate_nesting=1)
+    fit(location, guide, 100, y, max_plate_nesting=1)
     samples = Predictive(location, guide=guide, num_samples=2000, parallel=True, return_sites=["loc"])(y)["loc"]
     # The posterior is known: precision 1 + 3, mean sum(y) / 4.
     assert (samples.mean() - y.sum() / 4).abs() < 0.15
@@ -162,7 +162,7 @@ def test_amortised_guide():
         return (factors.evidence(x).item() - elbo) / len(x)
 
     start = gap()
-    for _ in range(250):
+    for _ in range(150):
         svi.step(x, 50)
     assert start > 1.0
     assert -0.05 < gap() < 0.15
@@ -178,7 +178,7 @@ def test_density_estimation():
     flow = small_flow(2)
     flow_dist = dist.TransformedDistribution(base(2), [flow])
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.02)
-    for _ in range(150):
+    for _ in range(100):
         optimizer.zero_grad()
         loss = -flow_dist.log_prob(x).mean()
         loss.backward()

@@ -31,12 +31,19 @@ def run(block):
     return namespace
 
 
-def test_first_block_runs_and_its_guide_can_be_trusted():
-    namespace = run(BLOCKS[0])
-    losses, check = namespace["losses"], namespace["check"]
-    assert sum(losses[-20:]) < sum(losses[:20])
+@pytest.mark.slow
+def test_guide_of_the_first_block_can_be_trusted():
+    check = run(BLOCKS[0])["check"]
     assert check.khat < 0.7
     assert check.ess > 0.7 * check.num_samples
+
+
+def test_first_block_runs():
+    assert BLOCKS[0].count("range(800)") == 1
+    namespace = run(BLOCKS[0].replace("range(800)", "range(100)"))
+    losses, check = namespace["losses"], namespace["check"]
+    assert sum(losses[-20:]) < sum(losses[:20])
+    assert 0 < check.ess <= check.num_samples
 
 
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda block: f"{len(block)} characters")
