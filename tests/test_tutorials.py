@@ -53,10 +53,36 @@ def test_stored_outputs(notebook):
     assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 
 
-def test_short_run(notebook, monkeypatch, tmp_path):
-    monkeypatch.setenv("CI", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))  # no kernel of the user's, so that it is this Python
+#: Undoes what another notebook has left in the process.
+AFRESH = """
+%reset -f
+import matplotlib.pyplot, pyro, torch
+matplotlib.pyplot.close("all")
+pyro.clear_param_store()
+torch.set_default_dtype(torch.float32)
+%reset -f
+"""
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """One process for all short runs, most of whose time imports would take."""
     # Where there is no notebook: none may need a file.
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    empty, resources = nbformat.v4.new_notebook(), {"metadata": {"path": str(tmp_path_factory.mktemp("empty"))}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CI", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        # No kernel of the user's, so that it is this Python.
+        patch.setenv("JUPYTER_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+        client = nbclient.NotebookClient(empty, timeout=300, resources=resources)
+        with client.setup_kernel():
+            yield client
+
+
+def test_short_run(notebook, client):
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(AFRESH))
+    client.nb = notebook
+    client.reset_execution_trackers()
+    for index, cell in enumerate(notebook.cells):
+        client.execute_cell(cell, index)
     assert complaints(notebook) == []
