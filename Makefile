@@ -14,7 +14,7 @@ vae: $(VENV)/vae.done
 	$(BIN)/python -m pyro_hollow.experiments.vae table --data digits
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-slow: $(VENV)/test.done
 	$(BIN)/python -m pytest -m slow

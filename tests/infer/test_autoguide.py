@@ -534,7 +534,7 @@ def test_path_gradient_has_the_expectation_of_the_total_one(affine):
     guide = strong(small(vector, affine=affine, path_gradient=True))
     total = load(small(vector, affine=affine), guide.state_dict())
     ready(total)
-    loss = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=0)
+    loss = Trace_ELBO(num_particles=500, vectorize_particles=True, max_plate_nesting=0)
     differences = torch.stack(
         [loss_gradients(vector, guide, loss, s) - loss_gradients(vector, total, loss, s) for s in range(10)]
     )
