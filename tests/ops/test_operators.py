@@ -180,8 +180,8 @@ def test_advection_diffusion_by_residual_minimisation():
 
     u = Solution(d=2, features=2)
     optimizer = torch.optim.Adam(u.parameters(), lr=0.04)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
-    for _ in range(300):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    for _ in range(400):
         t, x = torch.rand(128), 2 * math.pi * torch.rand(128, 2)
         residual = time_derivative(u, t, x)[1] - differential_operator(u, t, x, [0.0, -speed, nu])
         optimizer.zero_grad()
