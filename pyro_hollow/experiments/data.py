@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_hollow.experiments.harness import extra
+
 __all__ = ["BINARIZATIONS", "DATASETS", "DataError", "Images", "load_images", "read_idx"]
 
 DATASETS = ("digits", "mnist", "omniglot")
@@ -103,7 +105,8 @@ def load_images(name: str, data_dir: str | Path | None = None, binarization: str
 
 
 def _digits() -> Images:
-    from sklearn.datasets import load_digits
+    with extra():
+        from sklearn.datasets import load_digits
 
     x = load_digits().data
     x = x[np.random.default_rng(0).permutation(len(x))] / 16
@@ -196,19 +199,12 @@ def _file(
                 "downloaded"
             )
         return found
-    import pooch
+    with extra():
+        import pooch
 
-    known = None if checksum is None else f"sha256:{checksum}"
+    known, cache = None if checksum is None else f"sha256:{checksum}", pooch.os_cache("pyro_hollow")
     try:
-        return Path(
-            pooch.retrieve(
-                f"{url}{names[0]}",
-                known,
-                names[0],
-                path=pooch.os_cache("pyro_hollow"),
-                progressbar=sys.stderr.isatty(),
-            )
-        )
+        return Path(pooch.retrieve(f"{url}{names[0]}", known, names[0], path=cache, progressbar=sys.stderr.isatty()))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{names[0]} could not be downloaded from {url} ({error}); get it another way and name its folder with "

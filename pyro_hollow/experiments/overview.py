@@ -9,7 +9,6 @@ The picture of the README: how the Jacobian of a hollow network splits, and a Ho
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.defaults import bent, ring
-from pyro_hollow.experiments.figures import pyplot
-from pyro_hollow.experiments.progress import Progress
+from pyro_hollow.experiments.harness import Parser, Progress, minimise, positive, pyplot
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ops import jacobian
 from pyro_hollow.transforms import HollowCNF
@@ -42,15 +39,15 @@ def train(log_density: Callable[[Tensor], Tensor], dim: int, steps: int) -> Holl
     """
     net = HollowNN(dim)
     flow = HollowCNF(net)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in Progress(range(steps), desc=log_density.__name__):
+
+    def loss() -> Tensor:
         y, ladj = flow.call_and_ladj(WIDTH * torch.randn(256, dim))
-        loss = -(log_density(y) + ladj).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return -(log_density(y) + ladj).mean()
+
+    for _ in Progress(
+        minimise(loss, flow.parameters(), steps, 1e-2, max_norm=None), desc=log_density.__name__, total=steps
+    ):
+        pass
     return net
 
 
@@ -125,15 +122,11 @@ def _draw_strip(axes: Any, strip: Sequence[Tensor]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        "python -m pyro_hollow.experiments.overview", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = Parser(__file__, __doc__, needs=("matplotlib",))
+    path = Path("results/overview.png")
     parser.add_argument("--steps", type=positive, default=1500, help="of training (default: 1500)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("results/overview.png"), help="default: results/overview.png"
-    )
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    parser.add_argument("--output", type=Path, default=path, help=f"default: {path}")
+    args = parser.begin(argv)
     torch.manual_seed(0)
     parts = split(train(bent, 8, args.steps), torch.randn(8))
     draw(parts, densities(train(ring, 2, args.steps), 120), args.output)

@@ -158,8 +158,8 @@ def _fertility() -> Process:
         data = import_module("statsmodels.datasets.fertility")
     except ImportError as error:
         raise DataError(
-            "the data set fertility comes with statsmodels, which is not installed: pip install "
-            "statsmodels, or leave fertility out of --process"
+            "the data set fertility comes with statsmodels, which is not installed: pip install statsmodels, or all of "
+            'pip install "pyro_hollow[sde]", or leave fertility out of --process'
         ) from error
     table = data.load_pandas().data
     table = table[~table["Country Name"].isin(_AGGREGATES)]

@@ -22,7 +22,6 @@ import math
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,7 +36,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoIAFNormal, AutoMultivariateNormal, AutoNormalizingFlow
 from torch import Tensor, nn
 
-from pyro_hollow.experiments.progress import Progress
+from pyro_hollow.experiments.harness import Parser, Progress, interleaved, positive
 from pyro_hollow.infer import AutoHollowCNF
 from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver
@@ -133,26 +132,6 @@ class Opaque(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """See :class:`~pyro_hollow.transforms.FreeFormNN`."""
         return self.net(t, x)
-
-
-def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, float]:
-    """
-    The median time of each candidate in seconds, taking turns.
-
-    :param candidates: functions by name.
-    :param int repeats: the number of turns, after one that does not count.
-    :param str label: what to show beside the progress bar.
-    """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in Progress(range(repeats + 1), desc=label):
-        for name, function in candidates.items():
-            begin = time.perf_counter()
-            function()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - begin)
-    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
 def _forward(bind: Callable[[], Evaluate], x: Tensor) -> Callable[[], None]:
@@ -449,23 +428,16 @@ TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], list[str]]]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        "python -m pyro_hollow.experiments.speed", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument(
-        "--table", nargs="+", choices=tuple(TABLES), default=list(TABLES), help="what to measure (default: all)"
-    )
-    parser.add_argument(
-        "--dims", nargs="+", type=int, default=[16, 64, 256, 1024], help="dimensions d of the first two tables"
-    )
-    parser.add_argument("--batch-size", type=int, default=256, help="samples a batch (default: 256)")
-    parser.add_argument("--repeats", type=int, default=15, help="repetitions (default: 15)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
-    args = parser.parse_args(argv)
+    parser = Parser(__file__, __doc__, threads=2)
+    add = parser.add_argument
+    add("--table", nargs="+", choices=tuple(TABLES), default=list(TABLES), help="what to measure (default: all)")
+    add("--dims", nargs="+", type=positive, default=[16, 64, 256, 1024], help="dimensions d of the first two tables")
+    add("--batch-size", type=positive, default=256, help="samples a batch (default: 256)")
+    add("--repeats", type=positive, default=15, help="repetitions (default: 15)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    args = parser.begin(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU that it can use")
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     print(f"torch {torch.__version__}, {device}, float32, batch {args.batch_size}")

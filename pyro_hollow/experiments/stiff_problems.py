@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pyro_hollow.experiments.harness import minimise
 from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 
 __all__ = ["PROBLEMS", "Problem", "follow_stiff_field", "linear", "load"]
@@ -179,16 +180,12 @@ def follow_stiff_field(net: ConditionalHollowNN, steps: int) -> Iterator[float]:
     """
     d = net.input_dim
     rates = torch.logspace(0, 3, d, dtype=torch.float64)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         x, t = 1.5 * torch.randn(128, d, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        error = ((net(t, x) + rates * (x - torch.sin(x.roll(-1, -1)))) / rates).square().mean()
-        yield float(error.detach().sqrt())
-        optimizer.zero_grad()
-        error.backward()
-        optimizer.step()
-        schedule.step()
+        return ((net(t, x) + rates * (x - torch.sin(x.roll(-1, -1)))) / rates).square().mean()
+
+    return (float(error.sqrt()) for error in minimise(loss, net.parameters(), steps, 1e-1, max_norm=None))
 
 
 def hollow_network(d: int = 8, steps: int = 400) -> Problem:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import time
@@ -16,21 +15,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pyro.distributions as dist
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from pyro_hollow.experiments.data import Images
-from pyro_hollow.experiments.progress import Progress
+from pyro_hollow.experiments.harness import Progress, extra, write_csv
 from pyro_hollow.experiments.vae_models import PATH_GRADIENT, VAE, exact, make_flow, make_inner
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.transforms import ConditionalCNF
+
+with extra():
+    import lightning as L
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.loggers import TensorBoardLogger
 
 __all__ = [
     "BatchSampler",
@@ -87,15 +88,7 @@ def make_vae(config: Config, pixels: int) -> VAE:
     solver = Solver("dopri5", rtol=config.tolerance, atol=config.tolerance, adjoint=config.adjoint)
     sizes = (config.latent_dim, config.hidden_dim)
     flow, inner = make_flow(config.flow, *sizes, solver), make_inner(config.flow, *sizes, solver)
-    return VAE(
-        pixels,
-        config.latent_dim,
-        config.hidden_dim,
-        flow,
-        config.network,
-        config.flow in PATH_GRADIENT,
-        inner,
-    )
+    return VAE(pixels, *sizes, flow, config.network, config.flow in PATH_GRADIENT, inner)
 
 
 class BatchSampler(Sampler[Tensor]):
@@ -247,10 +240,7 @@ class Task(L.LightningModule):
         self.history.append(row)
         self.log_dict({name: row[name] for name in ("loss", "kl_weight", "seconds", "nfe", "nfe_backward")})
         if self.trainer.is_global_zero:
-            with open(Path(self.trainer.default_root_dir) / "history.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                writer.writeheader()
-                writer.writerows(self.history)
+            write_csv(Path(self.trainer.default_root_dir) / "history.csv", self.history)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the history."""

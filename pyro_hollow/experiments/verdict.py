@@ -12,7 +12,6 @@ of 400 independent draws. It is bad from 0.25 on, that of 16 draws. In between n
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_hollow.experiments.arguments import positive
+from pyro_hollow.experiments.harness import Parser, positive, table
 from pyro_hollow.infer.importance import faults, smooth
 
 __all__ = ["CASES", "Case", "Row", "evaluate", "format_rates", "format_table", "main"]
@@ -207,65 +206,48 @@ def evaluate(case: Case, d: int, num_samples: int, repeats: int) -> Row:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """
-    Markdown table of the rows.
-
-    :param rows: results of :func:`evaluate`.
-    """
-    lines = [
-        "| guide | target | d | S | error of mean, log sd, log evidence | truth | alarms | by k-hat alone | k-hat |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """A Markdown table of results of :func:`evaluate`."""
+    cells = []
     for row in rows:
         errors = ", ".join(f"{error:.3f}" for error in row.errors)
         low, middle, high = row.khats
-        lines.append(
-            f"| {row.case.kind} | {row.case.name} | {row.d} | {row.num_samples} | {errors} | {row.truth} "
-            f"| {row.alarms:.1%} | {row.khat_alarms:.1%} | {middle:.2f} ({low:.2f} to {high:.2f}) |"
-        )
-    return "\n".join(lines)
+        alarms = f"{row.alarms:.1%}", f"{row.khat_alarms:.1%}"
+        khat = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        cells.append([row.case.kind, row.case.name, row.d, row.num_samples, errors, row.truth, *alarms, khat])
+    header = "guide | target | d | S | error of mean, log sd, log evidence | truth | alarms | by k-hat alone | k-hat"
+    return "\n".join(table(header, cells))
 
 
 def format_rates(rows: Sequence[Row]) -> str:
-    """
-    Markdown table of false and missed alarms, by number of samples.
-
-    :param rows: results of :func:`evaluate`.
-    """
-    lines = [
-        "| S | good guides | false alarms | by k-hat alone | bad guides | missed alarms | by k-hat alone |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """A Markdown table of false and missed alarms among results of :func:`evaluate`, by number of samples."""
+    cells = []
     for size in sorted({row.num_samples for row in rows}):
-        cells = [str(size)]
+        cells.append([str(size)])
         for truth, sign in (("good", 1), ("bad", -1)):
             found = [row for row in rows if row.num_samples == size and row.truth == truth]
-            cells.append(str(len(found)))
+            cells[-1].append(str(len(found)))
             for name in ("alarms", "khat_alarms"):
                 wrong = [getattr(row, name) if sign > 0 else 1 - getattr(row, name) for row in found]
-                cells.append(f"{sum(wrong) / len(wrong):.2%}" if wrong else "-")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+                cells[-1].append(f"{sum(wrong) / len(wrong):.2%}" if wrong else "-")
+    header = "S | good guides | false alarms | by k-hat alone | bad guides | missed alarms | by k-hat alone"
+    return "\n".join(table(header, cells))
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m pyro_hollow.experiments.verdict", description=(__doc__ or "").strip().split("\n\n")[0]
-    )
-    parser.add_argument("--kind", nargs="+", choices=sorted({case.kind for case in CASES}), help="default: all")
-    parser.add_argument("--dims", nargs="+", type=positive, default=[1, 2, 10, 50, 100], help="dimensions")
-    parser.add_argument("--num-samples", nargs="+", type=positive, default=[1000, 4000], help="at least 25")
-    parser.add_argument("--repeats", type=positive, default=200, help="runs of each guide (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of torch (default: 0)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser = Parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--kind", nargs="+", choices=sorted({case.kind for case in CASES}), help="default: all")
+    add("--dims", nargs="+", type=positive, default=[1, 2, 10, 50, 100], help="dimensions")
+    add("--num-samples", nargs="+", type=positive, default=[1000, 4000], help="at least 25")
+    add("--repeats", type=positive, default=200, help="runs of each guide (default: 200)")
+    add("--seed", type=int, default=0, help="of torch (default: 0)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
-    args = make_parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args = make_parser().begin(argv)
     torch.manual_seed(args.seed)
     rows = []
     for case in CASES:
