@@ -1,7 +1,6 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-import argparse
 import csv
 import importlib
 import json
@@ -11,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -137,21 +137,24 @@ def test_threads():
 
 
 NUMBERS = {
-    "positive": ("7", 7, ["0", "-1", "1.5", "many"]),
-    "not_negative": ("0", 0, ["-1", "0.5", ""]),
-    "positive_real": ("1e-3", 1e-3, ["0", "-0.1", "inf", "nan", "x"]),
-    "not_negative_real": ("0", 0.0, ["-1", "inf", "nan", "x"]),
+    "positive": ("7", 7, ["0", "-1"], "must be at least 1"),
+    "not_negative": ("0", 0, ["-1"], "must be at least 0"),
+    "positive_real": ("1e-3", 1e-3, ["0", "-0.1", "inf", "nan"], "must be positive and finite"),
+    "not_negative_real": ("0", 0.0, ["-1", "inf", "nan"], "must be at least 0 and finite"),
 }
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers(name):
-    text, value, refused = NUMBERS[name]
-    kind = getattr(harness, name)
-    assert kind(text) == value
-    for text in refused:
-        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
-            kind(text)
+def test_numbers_out_of_range(name, capsys):
+    text, value, refused, reason = NUMBERS[name]
+    parser = Parser("name.py", None, threads=None)
+    parser.add_argument("--size", type=getattr(harness, name))
+    assert parser.begin(["--size", text]).size == value
+    for text in [*refused, "many"]:
+        with pytest.raises(SystemExit):
+            parser.begin(["--size", text])
+        message = f"invalid {name} value: 'many'" if text == "many" else f"{reason}, but got {text}"
+        assert f"error: argument --size: {message}" in capsys.readouterr().err
 
 
 # Results
@@ -188,6 +191,16 @@ def test_kept_results(tmp_path):
     assert kept(path, Result).config == Config("b", 3) and math.isnan(kept(path, Result).error)
     keep(path, Plain([1, 2]))
     assert kept(path, Plain) == Plain([1, 2])
+
+
+def test_arrays_of_a_result(tmp_path):
+    draws = {"x[1]": np.arange(3.0), "y": np.eye(2)}
+    keep(tmp_path / "a-0.5.json", Plain([1]), draws)
+    with np.load(tmp_path / "a-0.5.npz") as found:
+        assert {name: found[name].tolist() for name in found} == {name: a.tolist() for name, a in draws.items()}
+    # Those of an earlier run do not outlive it.
+    keep(tmp_path / "a-0.5.json", Plain([1]))
+    assert [path.name for path in tmp_path.iterdir()] == ["a-0.5.json"]
 
 
 def test_a_file_is_complete_or_as_it_was(tmp_path, monkeypatch):
@@ -236,7 +249,7 @@ def test_figure(tmp_path):
 
 
 @pytest.mark.parametrize("cosine", [True, False])
-@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("max_norm", [math.inf, 0.5])
 def test_minimise(cosine, max_norm):
     def loss(x):
         return (x * torch.tensor([1.0, 30.0])).square().sum()
@@ -249,8 +262,7 @@ def test_minimise(cosine, max_norm):
         optimizer.param_groups[0]["lr"] = 0.1 * ((1 + math.cos(math.pi * k / 5)) / 2 if cosine else 1.0)
         torch.testing.assert_close(value, loss(y).detach())
         (y.grad,) = torch.autograd.grad(loss(y), y)
-        if max_norm is not None:
-            y.grad *= min(1.0, max_norm / float(y.grad.norm()))
+        y.grad *= min(1.0, max_norm / float(y.grad.norm()))
         optimizer.step()
     torch.testing.assert_close(x, y)
 

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from pyro_hollow.experiments.harness import extra
 
-__all__ = ["BINARIZATIONS", "DATASETS", "DataError", "Images", "load_images", "read_idx"]
-
 DATASETS = ("digits", "mnist", "omniglot")
 BINARIZATIONS = ("static", "dynamic")
 
@@ -53,21 +51,13 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Images:
-    """
-    A data set of images.
+    """A data set of images."""
 
-    :ivar train: training images with shape ``(n, height * width)``, the probabilities of ink in [0, 1].
-    :ivar validation: validation images, binary.
-    :ivar test: test images, binary.
-    :ivar shape: height and width.
-    :ivar source: what exactly the images are, in words.
-    """
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-    shape: tuple[int, int]
-    source: str
+    train: Tensor  #: training images with shape ``(n, height * width)``, the probabilities of ink in [0, 1].
+    validation: Tensor  #: validation images, binary.
+    test: Tensor  #: test images, binary.
+    shape: tuple[int, int]  #: height and width.
+    source: str  #: what exactly the images are, in words.
 
 
 def load_images(name: str, data_dir: str | Path | None = None, binarization: str = "static") -> Images:

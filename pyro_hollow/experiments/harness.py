@@ -31,30 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = [
-    "Parser",
-    "Progress",
-    "duration",
-    "extra",
-    "figure",
-    "interleaved",
-    "keep",
-    "kept",
-    "minimise",
-    "not_negative",
-    "not_negative_real",
-    "positive",
-    "positive_real",
-    "pyplot",
-    "spread",
-    "table",
-    "write",
-    "write_csv",
-]
-
 R = TypeVar("R")
-
-# Extras
 
 
 @contextmanager
@@ -76,9 +53,6 @@ def extra(name: str = "experiments") -> Iterator[None]:
         raise ImportError(message, name=error.name) from error
 
 
-# Command line
-
-
 class Parser(argparse.ArgumentParser):
     """
     The command line of an experiment.
@@ -97,9 +71,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"python -m pyro_hollow.experiments.{Path(file).stem}", description=description)
         self.needs = needs
         if threads is not None:
-            self.add_argument(
-                "--threads", type=positive, default=threads, help=f"threads of torch (default: {threads})"
-            )
+            text = f"threads of torch (default: {threads})"
+            self.add_argument("--threads", type=positive, default=threads, help=text)
 
     def add_kept(self, folder: str, more: str = "") -> None:
         """
@@ -110,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         """
         where = f"where results are kept{more} (default: {folder})"
         self.add_argument("--output", type=Path, default=Path(folder), help=where)
-        self.add_argument("--force", action="store_true", help="repeat finished runs")
+        self.add_argument("--force", action="store_true", help="run anew what is kept there")
 
     def begin(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """
@@ -158,9 +131,6 @@ def not_negative_real(text: str) -> float:
     return float(text)
 
 
-# Results
-
-
 def write(path: Path, text: str) -> None:
     """Writes a file by way of another one, so that it is complete whenever the program stops; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,14 +139,21 @@ def write(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def keep(path: Path, result: R) -> R:
+def keep(path: Path, result: R, arrays: Mapping[str, np.ndarray] | None = None) -> R:
     """
-    Writes a result to a file as JSON.
+    Writes a result to a file as JSON, and arrays to a file beside it.
 
-    :param ~pathlib.Path path: the file.
+    :param ~pathlib.Path path: the file, whose name ends in ".json".
     :param result: a dataclass.
+    :param arrays: arrays by name; without any, those of an earlier run are removed.
     :returns: the result.
     """
+    beside = path.with_suffix(".npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if arrays:
+        np.savez_compressed(beside, **arrays)  # type: ignore[arg-type]
+    else:
+        beside.unlink(missing_ok=True)
     write(path, json.dumps(asdict(result)))  # type: ignore[call-overload]
     return result
 
@@ -269,18 +246,10 @@ def figure(
         plt.close(whole)
 
 
-# Training and timing
-
-
 def minimise(
-    loss: Callable[[], Tensor],
-    parameters: Iterable[Tensor],
-    steps: int,
-    lr: float,
-    *,
-    cosine: bool = True,
-    max_norm: float | None = 10.0,
-) -> Iterator[Tensor]:
+    loss: Callable[[], Tensor], parameters: Iterable[Tensor], steps: int, lr: float, *, cosine: bool = True,
+    max_norm: float = 10.0,
+) -> Iterator[Tensor]:  # fmt: skip
     """
     Minimises a loss by Adam.
 
@@ -289,9 +258,9 @@ def minimise(
     :param int steps: the number of steps.
     :param float lr: the learning rate at the first step.
     :param bool cosine: let the learning rate fall to 0 along half a cosine, instead of keeping it.
-    :param max_norm: the norm to which gradients are clipped; None not to clip.
+    :param float max_norm: the norm to which gradients are clipped; infinite not to clip.
     :returns: an iterator with the loss before each step, which is taken when the next loss is asked for.
-    :raises RuntimeError: if gradients that are to be clipped are not finite.
+    :raises RuntimeError: if a gradient is not finite.
     """
     parameters = list(parameters)
     optimizer = torch.optim.Adam(parameters, lr=lr)
@@ -303,8 +272,7 @@ def minimise(
             yield value.detach()
             optimizer.zero_grad()
             value.backward()
-            if max_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
             optimizer.step()
             if schedule is not None:
                 schedule.step()
@@ -313,10 +281,7 @@ def minimise(
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]],
-    repeats: int,
-    label: str,
-    clock: Callable[[], float] = time.perf_counter,
+    candidates: Mapping[str, Callable[[], object]], repeats: int, label: str, clock: Callable[[], float] | None = None
 ) -> dict[str, float]:
     """
     The median time of each candidate in seconds, taking turns.
@@ -324,8 +289,10 @@ def interleaved(
     :param candidates: functions by name.
     :param int repeats: the number of turns, after one that does not count.
     :param str label: the text beside the progress bar.
-    :param clock: tells the seconds; :func:`time.process_time` is disturbed less by other processes.
+    :param clock: returns seconds; None for :func:`time.perf_counter`. Other processes disturb
+        :func:`time.process_time` less.
     """
+    clock = clock or time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in Progress(range(repeats + 1), desc=label):
         for name, function in candidates.items():

@@ -9,6 +9,7 @@ The picture of the README: how the Jacobian of a hollow network splits, and a Ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,7 @@ TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def train(log_density: Callable[[Tensor], Tensor], dim: int, steps: int) -> HollowNN:
-    """
-    Fits a Hollow-CNF to a density by the KL divergence from the flow, whose base is :data:`WIDTH` wide.
-
-    :param log_density: maps ``(*, dim)`` to ``(*,)``.
-    :param int dim: the dimension.
-    :param int steps: the number of steps.
-    """
+    """Fits a Hollow-CNF to a log density of ``(*, dim)`` by the KL divergence from the flow; its base is WIDTH wide."""
     net = HollowNN(dim)
     flow = HollowCNF(net)
 
@@ -44,20 +39,16 @@ def train(log_density: Callable[[Tensor], Tensor], dim: int, steps: int) -> Holl
         y, ladj = flow.call_and_ladj(WIDTH * torch.randn(256, dim))
         return -(log_density(y) + ladj).mean()
 
-    for _ in Progress(
-        minimise(loss, flow.parameters(), steps, 1e-2, max_norm=None), desc=log_density.__name__, total=steps
-    ):
+    training = minimise(loss, flow.parameters(), steps, 1e-2, max_norm=math.inf)
+    for _ in Progress(training, desc=log_density.__name__, total=steps):
         pass
     return net
 
 
 def split(net: HollowNN, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    The Jacobian of a network at t = 0.5, by automatic differentiation of the whole; its diagonal, in closed form; and
-    the difference of the two.
-
-    :param net: the network.
-    :param Tensor x: a point with shape ``(d,)``.
+    The Jacobian of a network at t = 0.5 and a point with shape ``(d,)``, by automatic differentiation of the whole; its
+    diagonal, in closed form; and the difference of the two.
     """
     t = torch.tensor(0.5)
     whole = jacobian(lambda x: net(t, x), x).detach()
@@ -67,12 +58,7 @@ def split(net: HollowNN, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def densities(net: HollowNN, size: int) -> list[Tensor]:
-    """
-    The density that a flow has at the times of :data:`TIMES`, on a grid over the square from -4 to 4.
-
-    :param net: the network of the flow.
-    :param int size: the number of points of the grid along an axis.
-    """
+    """The density of a flow at the times of TIMES, on a grid from -4 to 4 with ``size`` points along an axis."""
     axis = torch.linspace(-4, 4, size)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).view(-1, 2)
     base = dist.Normal(torch.zeros(2), WIDTH).to_event(1)
@@ -81,13 +67,7 @@ def densities(net: HollowNN, size: int) -> list[Tensor]:
 
 
 def draw(parts: Sequence[Tensor], strip: Sequence[Tensor], path: Path) -> None:
-    """
-    Draws the picture.
-
-    :param parts: the Jacobian, its diagonal and its hollow part.
-    :param strip: densities on a grid over the square from -4 to 4.
-    :param ~pathlib.Path path: of the PNG.
-    """
+    """Draws the Jacobian, its diagonal and its hollow part, and below densities on a grid from -4 to 4: PNG."""
     plt = pyplot()
     fig = plt.figure(figsize=(10, 4.4), layout="constrained")
     above, below = fig.subfigures(2, 1, height_ratios=[1, 1.05])

@@ -29,14 +29,8 @@ import numpy as np
 import pyro
 import pyro.distributions.transforms as T
 import torch
-from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import (
-    AutoGuide,
-    AutoIAFNormal,
-    AutoMultivariateNormal,
-    AutoNormal,
-    AutoNormalizingFlow,
-)
+from pyro.infer import SVI, Trace_ELBO, autoguide
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.harness import Parser, Progress, figure, keep, kept, positive, spread, table, write
@@ -49,7 +43,7 @@ LEARNING_RATE, PARTICLES = 1e-2, 32
 
 
 def _flow(init: Callable[..., Any], repeats: int = 1, **kwargs: Any) -> Callable[[Any], AutoGuide]:
-    return lambda model: AutoNormalizingFlow(model, lambda d: T.iterated(repeats, partial(init, d, **kwargs)))
+    return lambda model: autoguide.AutoNormalizingFlow(model, lambda d: T.iterated(repeats, partial(init, d, **kwargs)))
 
 
 def _hollow(**kwargs: Any) -> Callable[[Any], AutoGuide]:
@@ -60,8 +54,8 @@ def _hollow(**kwargs: Any) -> Callable[[Any], AutoGuide]:
 GUIDES: dict[str, Callable[[Any], AutoGuide]] = {
     "hollow": _hollow(),
     "normal": AutoNormal,
-    "multivariate": AutoMultivariateNormal,
-    "iaf": lambda model: AutoIAFNormal(model, num_transforms=2),
+    "multivariate": autoguide.AutoMultivariateNormal,
+    "iaf": lambda model: autoguide.AutoIAFNormal(model, num_transforms=2),
     "spline": _flow(T.spline_autoregressive, 2),
     "neural": _flow(T.neural_autoregressive),
     "block": _flow(T.block_autoregressive),
@@ -86,63 +80,42 @@ VARIANTS: dict[str, Callable[[Any], AutoGuide]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """
-    All that decides the result of a run, but for the machine.
-
-    :ivar schedule: of the learning rate: "cosine", down to 0, or "constant".
-    """
+    """All that decides the result of a run, but for the machine."""
 
     posterior: str
     guide: str
     steps: int
     seed: int
-    schedule: str = "cosine"
+    schedule: str = "cosine"  #: of the learning rate: "cosine", down to 0, or "constant".
 
 
 @dataclass
 class Result:
-    """
-    Findings of a run.
+    """Findings of a run."""
 
-    :ivar config: its settings.
-    :ivar failure: the error that ended it, or "".
-    :ivar elbo: the evidence lower bound.
-    :ivar khat: of the importance weights; see :func:`~pyro_hollow.infer.diagnose`.
-    :ivar ess: the effective sample size over the number of samples.
-    :ivar mean_error: the largest error of a mean, in standard deviations of the reference; nan without a reference.
-    :ivar scale_error: the largest relative error of a standard deviation.
-    :ivar milliseconds: per step.
-    :ivar evaluations: per solve of a Hollow-CNF, mean over the last tenth of the steps.
-    :ivar tight_evaluations: per solve when it is judged.
-    :ivar solver_error: ELBO with the guide's own solver minus that of the tight one.
-    :ivar num_samples: the samples it was judged by.
-    :ivar history: steps, losses and evaluations, means over a fiftieth of the steps each.
-    """
-
-    config: Config
-    failure: str = ""
-    elbo: float = math.nan
-    khat: float = math.nan
-    ess: float = math.nan
+    config: Config  #: its settings.
+    failure: str = ""  #: the error that ended it, or "".
+    elbo: float = math.nan  #: the evidence lower bound.
+    khat: float = math.nan  #: of the importance weights; see :func:`~pyro_hollow.infer.diagnose`.
+    ess: float = math.nan  #: the effective sample size over the number of samples.
+    #: the largest error of a mean, in standard deviations of the reference; nan without a reference.
     mean_error: float = math.nan
-    scale_error: float = math.nan
-    milliseconds: float = math.nan
-    evaluations: float = math.nan
-    tight_evaluations: float = math.nan
-    solver_error: float = math.nan
-    num_samples: int = 0
+    scale_error: float = math.nan  #: the largest relative error of a standard deviation.
+    milliseconds: float = math.nan  #: per step.
+    evaluations: float = math.nan  #: per solve of a Hollow-CNF, mean over the last tenth of the steps.
+    tight_evaluations: float = math.nan  #: per solve when it is judged.
+    solver_error: float = math.nan  #: ELBO with the guide's own solver minus that of the tight one.
+    num_samples: int = 0  #: the samples it was judged by.
+    #: steps, losses and evaluations, means over a fiftieth of the steps each.
     history: list[list[float]] = field(default_factory=list)
 
 
-def fit(posterior: Posterior, guide: AutoGuide, config: Config, result: Result) -> None:
-    """
-    Fits a guide by Adam with clipped gradients and a learning rate that falls along half a cosine, or is constant.
+Runs = dict[str, list[Result]]
+Draws = dict[str, np.ndarray]
 
-    :param posterior: the posterior.
-    :param guide: the guide.
-    :param config: the number of steps, the seed and the schedule.
-    :param result: gets the history and the time.
-    """
+
+def fit(posterior: Posterior, guide: AutoGuide, config: Config, result: Result) -> None:
+    """Fits a guide by Adam with clipped gradients and a schedule of the learning rate; adds history and time."""
     pyro.clear_param_store()
     pyro.set_rng_seed(config.seed)
     optimizer = pyro.optim.ClippedAdam({"lr": LEARNING_RATE, "clip_norm": 10.0})
@@ -171,14 +144,10 @@ def _evaluations(guide: AutoGuide) -> float:
     return float(sum(flow.last_solve.nfe for flow in guide._modules["flows"] if flow.last_solve is not None))
 
 
-def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Result) -> dict[str, np.ndarray]:
+def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Result) -> Draws:
     """
-    Compares a fitted guide with its posterior.
+    Compares samples of a fitted guide with its posterior; adds the findings to the result.
 
-    :param posterior: the posterior.
-    :param guide: the guide.
-    :param int num_samples: the number of samples.
-    :param result: gets the findings.
     :returns: draws of the posterior's quantities from the guide.
     """
 
@@ -206,54 +175,35 @@ def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Resu
     return {name: values[:5000].numpy() for name, values in draws.items()}
 
 
-def _stem(folder: Path, config: Config) -> Path:
-    """Path of a run's files, without the suffix."""
-    return folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}"
+def _file(folder: Path, config: Config) -> Path:
+    """The file that keeps a run, as JSON; one in ".npz" has the draws."""
+    return folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}.json"
 
 
 def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, force: bool) -> Result:
-    """
-    One run; finished ones are kept in the folder.
-
-    :param posterior: the posterior.
-    :param config: the settings.
-    :param int num_samples: the number of samples to judge the guide by.
-    :param folder: the folder of results.
-    :param bool force: run again.
-    """
-    stem = _stem(folder, config)
-    found = kept(stem.with_suffix(".json"), Result, force)
+    """Fits and judges a guide, or reads an earlier run from the folder, unless ``force``."""
+    path = _file(folder, config)
+    found = kept(path, Result, force)
     if found is not None and found.num_samples == num_samples:
         return found
-    result = Result(config, num_samples=num_samples)
+    result, draws = Result(config, num_samples=num_samples), None
     guide = {**GUIDES, **VARIANTS}[config.guide](posterior.model)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".npz").unlink(missing_ok=True)
     try:
         fit(posterior, guide, config, result)
-        np.savez_compressed(stem.with_suffix(".npz"), **judge(posterior, guide, num_samples, result))  # type: ignore[arg-type]
+        draws = judge(posterior, guide, num_samples, result)
     except (ValueError, SolverError) as error:  # a guide that diverges is a finding; Pyro says ValueError of NaN
         result.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    return keep(stem.with_suffix(".json"), result)
+    return keep(path, result, draws)
 
 
 def equal_time(reference: Result, result: Result) -> Config:
-    """The settings of a run, with as many steps as take it as long as the reference took."""
+    """The settings of a run with the number of steps that takes as long as the reference took."""
     steps = reference.milliseconds * reference.config.steps / result.milliseconds
     return replace(result.config, steps=max(1, round(steps))) if math.isfinite(steps) else result.config
 
 
-Runs = dict[str, list[Result]]
-
-
 def format_table(posterior: Posterior, at_steps: Runs, at_seconds: Runs) -> str:
-    """
-    A table in Markdown: one row for each guide, means over seeds.
-
-    :param posterior: the posterior.
-    :param at_steps: runs by guide at equal steps.
-    :param at_seconds: runs by guide at equal seconds; may be empty.
-    """
+    """A table in Markdown of runs by guide, at equal steps and at equal seconds: means over seeds."""
 
     def mean(results: Sequence[Result], name: str, digits: int) -> str:
         """Leaves out runs that failed: the guide's cell counts them."""
@@ -274,13 +224,7 @@ def format_table(posterior: Posterior, at_steps: Runs, at_seconds: Runs) -> str:
 
 
 def leaders(tables: dict[str, Runs], guide: str, margin: float) -> list[str]:
-    """
-    The posteriors on which a guide's mean ELBO is the highest, or within a margin of it.
-
-    :param tables: by posterior, runs by guide.
-    :param str guide: the guide.
-    :param float margin: the margin in nats.
-    """
+    """The posteriors on which a guide's mean ELBO is the highest, or within a margin of it in nats."""
     found = []
     for name, runs in tables.items():
         means = {g: float(np.mean([_or_worst(r.elbo) for r in results])) for g, results in runs.items()}
@@ -296,7 +240,7 @@ def _or_worst(elbo: float) -> float:
 
 def draw(posterior: Posterior, runs: Runs, folder: Path) -> None:
     """Draws the posterior's telling pair and its marginals, guide by guide, against the reference: PNG."""
-    paths = {guide: _stem(folder, results[0].config).with_suffix(".npz") for guide, results in runs.items()}
+    paths = {guide: _file(folder, results[0].config).with_suffix(".npz") for guide, results in runs.items()}
     draws = {guide: dict(np.load(path)) for guide, path in paths.items() if path.exists()}
     if not draws:
         return
@@ -328,7 +272,7 @@ def draw(posterior: Posterior, runs: Runs, folder: Path) -> None:
         whole.suptitle(f"{posterior.title}: draws of the guides on those of the posterior (grey)")
 
 
-def _limits(sample: dict[str, np.ndarray], scale: dict[str, str]) -> dict[str, tuple[float, float]]:
+def _limits(sample: Draws, scale: dict[str, str]) -> dict[str, tuple[float, float]]:
     limits = {}
     for name, kind in scale.items():
         values = np.log(sample[name]) if kind == "log" else sample[name]
@@ -339,12 +283,7 @@ def _limits(sample: dict[str, np.ndarray], scale: dict[str, str]) -> dict[str, t
 
 
 def _draw_marginal(
-    axis: Any,
-    name: str,
-    scale: str,
-    limits: tuple[float, float],
-    reference: dict[str, np.ndarray] | None,
-    draws: dict[str, dict[str, np.ndarray]],
+    axis: Any, name: str, scale: str, limits: tuple[float, float], reference: Draws | None, draws: dict[str, Draws]
 ) -> None:
     edges = np.geomspace(*limits, 40) if scale == "log" else np.linspace(*limits, 40)
     if reference is not None:
@@ -358,12 +297,7 @@ def _draw_marginal(
 
 
 def draw_evaluations(runs: dict[str, dict[str, Result]], path: Path) -> None:
-    """
-    Draws evaluations per solve over training: PNG.
-
-    :param runs: by posterior, runs of variants of AutoHollowCNF by name.
-    :param path: the file.
-    """
+    """Draws evaluations per solve over training, of runs by posterior and variant: PNG."""
     with figure(path, 1, len(runs), (3 * len(runs), 3), squeeze=False, sharey=True) as (_, axes):
         for axis, (name, results) in zip(axes[0], runs.items(), strict=True):
             for (guide, result), line in zip(results.items(), cycle(("-", "--", ":", "-.")), strict=False):

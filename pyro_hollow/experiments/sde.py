@@ -68,28 +68,20 @@ class Config:
 
 @dataclass
 class Result:
-    """
-    Findings of a run.
+    """Findings of a run."""
 
-    :ivar config: its settings.
-    :ivar times: when the marginals are compared: all times but the first.
-    :ivar distances: by what is compared with held-out data ("equation", "density", "fresh"), for each time the energy
-        distance, the sliced Wasserstein distance and the p-value of the energy test.
-    :ivar drift_error: root mean square error of the drift relative to the drift's root mean square, over held-out data;
-        nan if unknown.
-    :ivar drift_error_inside: the same over the 95% of them where the learned density is the highest.
-    :ivar diffusion_error: as drift_error.
-    :ivar seconds: of training.
-    :ivar history: steps, negative log-likelihoods and residuals, means over a fiftieth of the steps each.
-    """
-
-    config: Config
-    times: list[float] = field(default_factory=list)
+    config: Config  #: its settings.
+    times: list[float] = field(default_factory=list)  #: when the marginals are compared: all times but the first.
+    #: by what is compared with held-out data ("equation", "density", "fresh"), for each time the energy distance, the
+    #: sliced Wasserstein distance and the p-value of the energy test.
     distances: dict[str, list[list[float]]] = field(default_factory=dict)
+    #: root mean square error of the drift relative to the drift's root mean square, over held-out data; nan if
+    #: unknown.
     drift_error: float = math.nan
-    drift_error_inside: float = math.nan
-    diffusion_error: float = math.nan
-    seconds: float = math.nan
+    drift_error_inside: float = math.nan  #: the same over the 95% of them where the learned density is the highest.
+    diffusion_error: float = math.nan  #: as drift_error.
+    seconds: float = math.nan  #: of training.
+    #: steps, negative log-likelihoods and residuals, means over a fiftieth of the steps each.
     history: list[list[float]] = field(default_factory=list)
 
 
@@ -111,10 +103,8 @@ class Scale:
 
 class GradientDrift(nn.Module):
     r"""
-    The drift :math:`-\nabla U` of a learned potential that does not depend on time, in standardised coordinates.
-
-    :param int dim: the dimension.
-    :param Tensor scale: of the coordinates; a gradient in x is none in z unless it is accounted for.
+    The drift :math:`-\nabla U` of a learned potential that does not depend on time, in coordinates that are
+    standardised by a scale: a gradient in x is none in z unless it is accounted for.
     """
 
     def __init__(self, dim: int, scale: Tensor) -> None:
@@ -132,14 +122,7 @@ class GradientDrift(nn.Module):
 
 
 def make_sde(process: Process, config: Config, dim: int, scale: Scale) -> DiagonalSDE:
-    """
-    The equation to learn, for standardised coordinates.
-
-    :param process: the process, whose diffusion is used where the method says so.
-    :param config: the method, and the smallest diffusion where it is free.
-    :param int dim: the dimension.
-    :param scale: the standardisation.
-    """
+    """The equation to learn, for standardised coordinates; the method decides what is known of the process."""
     if config.method == "matching":
         floor = config.noise / math.sqrt(process.times[-1] - process.times[0])
         return DiagonalSDE(HollowNN(dim), HollowNN(dim), min_diffusion=floor)
@@ -156,14 +139,8 @@ def fit_matching(
     process: Process, sde: DiagonalSDE, z: Tensor, config: Config, result: Result
 ) -> GaussianMixtureMarginals:
     """
-    Learns from marginals.
-
-    :param process: tells times and the number of components.
-    :param sde: the equation, which is trained.
-    :param Tensor z: standardised samples with shape ``(times, n, d)``.
-    :param config: the number of steps.
-    :param result: gets the history.
-    :returns: the density.
+    Learns an equation, and the density that is returned, from marginals: standardised samples z with shape
+    ``(times, n, d)``. The result gets the history.
     """
     dim = z.shape[-1]
     density = GaussianMixtureMarginals(dim, process.components, (process.times[0], process.times[-1]))
@@ -187,12 +164,8 @@ def fit_matching(
 
 def fit_transitions(times: Tensor, sde: DiagonalSDE, z: Tensor, config: Config) -> None:
     """
-    Learns from paths, by maximum likelihood of Euler-Maruyama transitions.
-
-    :param Tensor times: of observation.
-    :param sde: the equation, which is trained.
-    :param Tensor z: standardised paths with shape ``(times, n, d)``.
-    :param config: the number of steps.
+    Learns an equation by maximum likelihood of Euler-Maruyama transitions between times of observation, from
+    standardised paths z with shape ``(times, n, d)``.
     """
 
     def loss() -> Tensor:
@@ -211,12 +184,7 @@ def _label(config: Config) -> str:
 
 
 def compare(samples: Tensor, test: Tensor) -> list[list[float]]:
-    """
-    Energy distance, sliced Wasserstein distance and p-value of the energy test, time by time.
-
-    :param Tensor samples: with shape ``(times, n, d)``.
-    :param Tensor test: likewise.
-    """
+    """The three distances of samples from held-out ones with the same shape ``(times, n, d)``, time by time."""
     pairs = list(zip(samples, test, strict=True))
     return [[energy_distance(x, y), sliced_wasserstein(x, y), energy_test(x, y)] for x, y in pairs]
 
@@ -242,22 +210,15 @@ def _judge_coefficients(
         result.drift_error_inside = float(errors[inside].norm() / drift[inside].norm())
 
 
-def _file(folder: Path, config: Config, suffix: str) -> Path:
-    """Path of a run's file."""
+def _file(folder: Path, config: Config) -> Path:
+    """The file that keeps a run, as JSON; one in ".npz" has the samples."""
     numbers = (config.weight, config.noise, config.steps, config.train, config.test, config.seed)
-    return folder / config.process / ("-".join(map(str, (config.method, *numbers))) + suffix)
+    return folder / config.process / ("-".join(map(str, (config.method, *numbers))) + ".json")
 
 
 def run(process: Process, config: Config, folder: Path, force: bool = False) -> Result:
-    """
-    One run; finished ones are kept in the folder.
-
-    :param process: the process.
-    :param config: the settings.
-    :param folder: the folder of results.
-    :param bool force: run again.
-    """
-    path = _file(folder, config, ".json")
+    """Learns and judges an equation, or reads an earlier run from the folder, unless ``force``."""
+    path = _file(folder, config)
     found = harness.kept(path, Result, force)
     if found is not None:
         return found
@@ -287,12 +248,10 @@ def run(process: Process, config: Config, folder: Path, force: bool = False) -> 
         drawn["fresh"] = fresh
     result.distances = {name: compare(samples[1:], test[1:]) for name, samples in drawn.items()}
     _judge_coefficients(process, sde, density, scale, test, result)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: samples.numpy() for name, samples in {**drawn, "data": test}.items()}
     if density is not None and dim == 2:
         arrays["grid"], arrays["values"] = _on_grid(density, scale, test, process.times)
-    np.savez_compressed(_file(folder, config, ".npz"), **arrays)  # type: ignore[arg-type]
-    return harness.keep(path, result)
+    return harness.keep(path, result, arrays)
 
 
 @torch.no_grad()
@@ -312,24 +271,17 @@ Runs = dict[str, list[Result]]
 
 def _columns(runs: Runs) -> dict[str, list[list[list[float]]]]:
     """Columns of the table in their order, each with one list of rows (time by time) for each seed."""
-    columns: dict[str, list[list[list[float]]]] = {}
+    columns = {}
     for method, results in runs.items():
-        for kind in ("equation", "density", "fresh"):
-            rows = [r.distances[kind] for r in results if kind in r.distances]
-            name = {"equation": method, "density": f"density of {method}", "fresh": "fresh"}[kind]
-            if rows and (kind == "equation" or (kind == "density" and method == "matching")):
-                columns[name] = rows
+        columns[method] = [r.distances["equation"] for r in results]
+        if method == "matching":
+            columns["density of matching"] = [r.distances["density"] for r in results]
     fresh = [r.distances["fresh"] for r in next(iter(runs.values())) if "fresh" in r.distances]
     return columns | ({"fresh": fresh} if fresh else {})
 
 
 def format_times(process: Process, runs: Runs) -> str:
-    """
-    A table in Markdown of distances, one row for each time: energy / sliced Wasserstein, means over seeds.
-
-    :param process: the process.
-    :param runs: by method, a run for each seed.
-    """
+    """A table in Markdown of energy / sliced Wasserstein distances, a row for each time: means over seeds."""
     columns, rows = _columns(runs), []
     for k, tick in enumerate(next(iter(runs.values()))[0].times):
         means = [np.mean([found[k][:2] for found in seeds], axis=0) for seeds in columns.values()]
@@ -339,11 +291,7 @@ def format_times(process: Process, runs: Runs) -> str:
 
 
 def format_summary(tables: dict[str, Runs]) -> str:
-    """
-    A table in Markdown: how often the energy test at 5% rejects, of how many times and seeds, distances and errors.
-
-    :param tables: by the title of the process, its runs by method.
-    """
+    """A table in Markdown of rejections by the energy test, distances and errors, by title of the process."""
     lines = []
     for title, runs in tables.items():
         for name, seeds in _columns(runs).items():
@@ -369,7 +317,7 @@ def draw(process: Process, results: Runs, folder: Path) -> None:
     """Draws held-out data, learned density and samples of the learned equation over time, "matching" only: PNG."""
     if "matching" not in results:
         return
-    arrays = dict(np.load(_file(folder, results["matching"][0].config, ".npz")))  # of the first seed
+    arrays = dict(np.load(_file(folder, results["matching"][0].config).with_suffix(".npz")))  # of the first seed
     shown = np.unique(np.linspace(0, len(process.times) - 1, min(5, len(process.times))).round().astype(int))
     line = arrays["data"].shape[-1] == 1
     rows, size = (1, (2.6 * len(shown), 2.8)) if line else (3, (2.4 * len(shown), 7.0))
@@ -412,10 +360,6 @@ def cost_table(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
     """
     Rows: the processor time of a training step (matching at the data, forward + backward), and of the same by automatic
     differentiation of all three functions, over one evaluation of f, g and log p without derivatives.
-
-    :param dims: dimensions.
-    :param int batch: samples.
-    :param int repeats: repetitions.
     """
     rows = []
     for d in dims:
@@ -432,11 +376,8 @@ def cost_table(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
 
 def cost_candidates(matching: FokkerPlanckMatching, t: Tensor, x: Tensor) -> dict[str, Callable[[], None]]:
     """
-    Candidates to time: one evaluation, and a step the cheap and the plain way. Both steps leave the same gradients.
-
-    :param matching: the objective, at the data alone.
-    :param Tensor t: times with shape ``(n,)``.
-    :param Tensor x: samples with shape ``(n, d)``.
+    Candidates to time, matching at the data alone: one evaluation, and a step the cheap and the plain way. Both steps
+    leave the same gradients.
     """
     density, sde = matching.density, matching.sde
 

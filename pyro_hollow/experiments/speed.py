@@ -36,7 +36,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoIAFNormal, AutoMultivariateNormal, AutoNormalizingFlow
 from torch import Tensor, nn
 
-from pyro_hollow.experiments.harness import Parser, Progress, interleaved, positive
+from pyro_hollow.experiments.harness import Parser, Progress, interleaved, positive, table
 from pyro_hollow.infer import AutoHollowCNF
 from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver
@@ -163,7 +163,7 @@ def _forward_backward(bind: Callable[[], Evaluate], x: Tensor, evaluations: int)
 
 def divergence_over_field(dims: Sequence[int], batch: int, repeats: int, device: str = "cpu") -> list[str]:
     """Rows: the price of the divergence relative to the field alone."""
-    lines = ["| conditioner | d | parameters | forward | forward + backward |", "|---|---|---|---|---|"]
+    rows = []
     for name in CONDITIONERS:
         for d in dims:
             net = HollowNN(d, conditioner=name).to(device)
@@ -173,18 +173,14 @@ def divergence_over_field(dims: Sequence[int], batch: int, repeats: int, device:
             label = f"{name}, d = {d}"
             forward = interleaved({k: _forward(bind, x) for k, bind in binds.items()}, turns, label)
             both = interleaved({k: _forward_backward(b, x, EVALUATIONS) for k, b in binds.items()}, turns, label)
-            ratios = [times["divergence"] / times["field"] for times in (forward, both)]
-            lines.append(f"| {name} | {d} | {_count(net):,} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
-    return lines
+            ratios = [f"{times['divergence'] / times['field']:.2f}" for times in (forward, both)]
+            rows.append([name, d, f"{_count(net):,}", *ratios])
+    return table("conditioner | d | parameters | forward | forward + backward", rows)
 
 
 def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int, device: str = "cpu") -> list[str]:
     """Rows: how many times longer the peers take, forward + backward."""
-    lines = [
-        "| d | parameters | hollow (ms per evaluation) | autograd through the transformer | the same, forward only | "
-        "one Hutchinson probe | exact trace in closed form | exact trace by backward passes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for d in dims:
         net = HollowNN(d).to(device)
         peer = free_form_peer(d, _count(net)).to(device)
@@ -198,24 +194,21 @@ def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int, device: str
         label = f"peers, d = {d}"
         times = interleaved({k: _forward_backward(b, x, EVALUATIONS) for k, b in binds.items()}, repeats, label)
         forward = interleaved({k: _forward(binds[k], x) for k in ("hollow", "source")}, repeats, label)
-        ratios = [
-            times["source"] / times["hollow"],
-            forward["source"] / forward["hollow"],
-            times["hutchinson"] / times["hollow"],
-            times["exact"] / times["hollow"],
-        ]
-        cells = [f"{ratio:.2f}" for ratio in ratios]
+        pairs = ((times, "source"), (forward, "source"), (times, "hutchinson"), (times, "exact"))
+        ratios = [f"{measured[name] / measured['hollow']:.2f}" for measured, name in pairs]
         # Backward passes take seconds and gigabytes: one evaluation against one.
         passes = "-"
         if d <= 64:
             pair = {"hollow": hollow_divergence(net), "passes": free_form_divergence(Opaque(peer), "exact")}
             alone = interleaved({k: _forward_backward(b, x, 1) for k, b in pair.items()}, max(3, repeats // 8), label)
             passes = f"{alone['passes'] / alone['hollow']:.0f}"
-        milliseconds = times["hollow"] / EVALUATIONS * 1e3
-        lines.append(
-            f"| {d} | {_count(net):,} / {_count(peer):,} | {milliseconds:.2f} | {' | '.join(cells)} | {passes} |"
-        )
-    return lines
+        milliseconds = f"{times['hollow'] / EVALUATIONS * 1e3:.2f}"
+        rows.append([d, f"{_count(net):,} / {_count(peer):,}", milliseconds, *ratios, passes])
+    header = (
+        "d | parameters | hollow (ms per evaluation) | autograd through the transformer | the same, forward only | "
+        "one Hutchinson probe | exact trace in closed form | exact trace by backward passes"
+    )
+    return table(header, rows)
 
 
 SOLVERS = {
@@ -339,7 +332,7 @@ def memory_table(
     d: int, batch: int, threads: int, cases: Sequence[str] = MEMORY_CASES, device: str = "cpu"
 ) -> list[str]:
     """Rows: peak memory of a training step, each measured in a process of its own."""
-    lines = ["| divergence | backpropagation (MiB) | adjoint (MiB) |", "|---|---|---|"]
+    rows = []
     for case in Progress(cases, desc="memory"):
         cells = []
         for adjoint in (False, True):
@@ -350,8 +343,8 @@ def memory_table(
             )
             output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
             cells.append(f"{float(output):.0f}")
-        lines.append(f"| {case} | {cells[0]} | {cells[1]} |")
-    return lines
+        rows.append([case, *cells])
+    return table("divergence | backpropagation (MiB) | adjoint (MiB)", rows)
 
 
 def svi_guides(device: str = "cpu") -> dict[str, Callable[[Any], AutoGuide]]:
@@ -375,7 +368,6 @@ def svi_guides(device: str = "cpu") -> dict[str, Callable[[Any], AutoGuide]]:
 
 def svi_steps(dims: Sequence[int], repeats: int, device: str = "cpu") -> list[str]:
     """Rows: the time of an SVI step with 32 vectorised particles relative to that with AutoIAFNormal."""
-    lines = ["| guide | " + " | ".join(f"d = {d}" for d in dims) + " |", "|---|" + "---|" * len(dims)]
     columns: list[dict[str, str]] = []
     for d in dims:
 
@@ -398,7 +390,8 @@ def svi_steps(dims: Sequence[int], repeats: int, device: str = "cpu") -> list[st
         times = interleaved(steps, repeats, f"SVI, d = {d}")
         ratios = {name: seconds / times["AutoIAFNormal"] for name, seconds in times.items()}
         columns.append({name: f"{ratio:.2f} ({times[name] * 1e3:.1f} ms)" for name, ratio in ratios.items()})
-    return lines + [f"| {name} | " + " | ".join(column[name] for column in columns) + " |" for name in columns[0]]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return table(" | ".join(["guide", *(f"d = {d}" for d in dims)]), rows)
 
 
 #: What is measured: name to a title and the rows, by the command line.

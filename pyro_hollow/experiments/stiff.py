@@ -65,31 +65,18 @@ class Config:
 
 @dataclass
 class Result:
-    """
-    Findings of a run.
+    """Findings of a run."""
 
-    :ivar config: its settings.
-    :ivar failure: the error that ended it, or "".
-    :ivar error: the largest error of a coordinate, over its size plus the problem's scale.
-    :ivar evaluations: of the right-hand side.
-    :ivar diagonals: evaluations, among them, with the diagonal.
-    :ivar jacobians: dense Jacobians.
-    :ivar fallbacks: equations that dense Newton solved for Jacobi-Newton.
-    :ivar steps: accepted steps.
-    :ivar rejected: rejected steps.
-    :ivar seconds: of the processor.
-    """
-
-    config: Config
-    failure: str = ""
-    error: float = math.nan
-    evaluations: int = 0
-    diagonals: int = 0
-    jacobians: int = 0
-    fallbacks: int = 0
-    steps: int = 0
-    rejected: int = 0
-    seconds: float = math.nan
+    config: Config  #: its settings.
+    failure: str = ""  #: the error that ended it, or "".
+    error: float = math.nan  #: the largest error of a coordinate, over its size plus the problem's scale.
+    evaluations: int = 0  #: of the right-hand side.
+    diagonals: int = 0  #: evaluations, among them, with the diagonal.
+    jacobians: int = 0  #: dense Jacobians.
+    fallbacks: int = 0  #: equations that dense Newton solved for Jacobi-Newton.
+    steps: int = 0  #: accepted steps.
+    rejected: int = 0  #: rejected steps.
+    seconds: float = math.nan  #: of the processor.
 
 
 def solver_of(name: str, tolerance: float, scale: float, max_nfe: int) -> Solver:
@@ -107,11 +94,7 @@ def scipy_solve(problem: Problem, method: str, tolerance: float, max_nfe: float 
     """
     Solves a problem by SciPy.
 
-    :param problem: the problem.
-    :param str method: of solve_ivp.
-    :param float tolerance: the relative tolerance.
-    :param float max_nfe: the limit of evaluations.
-    :returns: the result of solve_ivp, or None beyond the limit, and the number of evaluations.
+    :returns: the result of ``solve_ivp``, None beyond the limit of evaluations, and the number of evaluations.
     """
     count = 0
 
@@ -135,13 +118,7 @@ def error_of(problem: Problem, x: np.ndarray, reference: np.ndarray) -> float:
 
 
 def solve(problem: Problem, config: Config, reference: np.ndarray) -> Result:
-    """
-    One solve.
-
-    :param problem: the problem.
-    :param config: the settings.
-    :param reference: the state at the end.
-    """
+    """Solves a problem once; ``reference`` is the right state at the end."""
     method, variant = SOLVERS[config.solver]
     result = Result(config)
     begin = time.process_time()
@@ -180,7 +157,7 @@ def reference_of(name: str, folder: Path, force: bool) -> np.ndarray:
 
 
 def run(problem: Problem, config: Config, reference: np.ndarray, folder: Path, force: bool) -> Result:
-    """One run; see :func:`solve`. Finished runs are kept in the folder."""
+    """Solves a problem once, or reads an earlier run with the same settings from the folder, unless ``force``."""
     path = folder / config.problem / f"{config.solver}-{config.tolerance:g}.json"
     found = harness.kept(path, Result, force)
     if found is not None and found.config == config:
@@ -271,12 +248,8 @@ def draw(title: str, runs: Runs, path: Path) -> None:
 
 def growth(dims: Sequence[int], method: str, tolerance: float, repeats: int) -> list[str]:
     """
-    A table in Markdown: how the cost of the dominant linear problem grows with its dimension.
-
-    :param dims: the dimensions.
-    :param str method: an implicit method.
-    :param float tolerance: the tolerance.
-    :param int repeats: solves by turns, of which the fastest counts.
+    A table in Markdown: how the cost of the dominant linear problem grows with its dimension. The solves are repeated
+    by turns, and the fastest counts.
     """
     rows = []
     for d in dims:
@@ -303,21 +276,14 @@ def growth(dims: Sequence[int], method: str, tolerance: float, repeats: int) -> 
 
 @dataclass
 class Training:
-    """
-    Evaluations per solve while a flow is trained.
+    """Evaluations per solve while a flow is trained."""
 
-    :ivar kind: "likelihood" or "stiff".
-    :ivar steps: the steps of training.
-    :ivar losses: the losses at these.
-    :ivar evaluations: by solver, of a solve of the test batch at these; nan where it failed.
-    :ivar fallbacks: by solver, likewise.
-    """
-
-    kind: str
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    kind: str  #: "likelihood" or "stiff".
+    steps: list[int] = field(default_factory=list)  #: the steps of training.
+    losses: list[float] = field(default_factory=list)  #: the losses at these.
+    #: by solver, of a solve of the test batch at these; nan where it failed.
     evaluations: dict[str, list[float]] = field(default_factory=dict)
-    fallbacks: dict[str, list[float]] = field(default_factory=dict)
+    fallbacks: dict[str, list[float]] = field(default_factory=dict)  #: by solver, likewise.
 
 
 #: What is trained, with the name of its loss.
@@ -344,13 +310,8 @@ def maximise_likelihood(flow: HollowCNF, steps: int) -> Iterator[float]:
 
 def train(kind: str, steps: int, solvers: Sequence[str], tolerance: float) -> Training:
     """
-    Trains a Hollow-CNF and measures on the way what it costs to sample from it with log-determinants: by maximum
-    likelihood, or to follow a stiff field.
-
-    :param str kind: "likelihood" or "stiff".
-    :param int steps: of training.
-    :param solvers: whose evaluations are measured.
-    :param float tolerance: of the solves that are measured.
+    Trains a Hollow-CNF by maximum likelihood, or to follow a stiff field. Measures on the way how many evaluations each
+    solver takes to sample from it with log-determinants.
     """
     torch.manual_seed(0)
     d = 4 if kind == "likelihood" else 8
@@ -393,7 +354,7 @@ def draw_training(found: Training, path: Path) -> None:
 
 
 def format_training(found: Training, rows: int = 6) -> str:
-    """A table in Markdown of evaluations per solve over training, with so many rows."""
+    """A table in Markdown of evaluations per solve over training, in at most ``rows`` rows."""
     names, last = list(found.evaluations), len(found.steps) - 1
     lines = []
     for i in sorted({round(k * last / max(1, rows - 1)) for k in range(rows)}):

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,6 @@ from pyro_hollow.experiments.vae_training import (
 )
 from pyro_hollow.ode import SolverError
 
-with harness.extra():
-    from lightning.pytorch.utilities import rank_zero_only
-
 #: Colours that the colour-blind can tell apart. Those that are trained with the path gradient are dashed.
 COLOURS = dict(
     zip(
@@ -63,20 +61,14 @@ COLOURS = dict(
 
 @dataclass
 class Result:
-    """
-    Measurements of a run.
+    """Measurements of a run."""
 
-    :ivar config: its settings.
-    :ivar parameters: the number of parameters.
-    :ivar history: a row an epoch: epoch, loss, validation (-ELBO), kl_weight, seconds (of training, in all), nfe and
-        nfe_backward (evaluations per solve, the mean).
-    :ivar estimate: the test, None before it.
-    """
-
-    config: Config
-    parameters: int
+    config: Config  #: its settings.
+    parameters: int  #: the number of parameters.
+    #: a row an epoch: epoch, loss, validation (-ELBO), kl_weight, seconds (of training, in all), nfe and nfe_backward
+    #: (evaluations per solve, the mean).
     history: list[dict[str, float]]
-    estimate: Estimate | None = None
+    estimate: Estimate | None = None  #: the test, None before it.
 
     @property
     def seconds(self) -> float:
@@ -97,7 +89,7 @@ def train(
     :param bool force: to begin anew what is there.
     :param settings: of the test that follows, for :func:`~pyro_hollow.experiments.vae_training.estimate`.
     :param options: for :class:`lightning.Trainer`.
-    :returns: the runs that failed, with what was said of it.
+    :returns: the runs that failed, with the errors' first lines.
     :raises DataError: if a folder holds a run with other settings.
     """
     # Looked up before the first one starts, as with several processes all of them have to do the same.
@@ -163,14 +155,7 @@ def _check(config: Config, folder: Path) -> None:
 
 
 def load(config: Config, output: Path, images: Images) -> VAE:
-    """
-    The model of the best epoch.
-
-    :param Config config: the settings.
-    :param ~pathlib.Path output: the folder of all runs.
-    :param Images images: the data.
-    :raises DataError: if the run has other settings.
-    """
+    """Loads the model of a run's best epoch; raises a DataError if the folder's run has other settings."""
     folder = _folder(output, config)
     _check(config, folder)
     vae = make_vae(config, images.train.shape[1])
@@ -181,13 +166,8 @@ def load(config: Config, output: Path, images: Images) -> VAE:
 
 def evaluate(config: Config, output: Path, images: Images, device: torch.device, **settings: Any) -> Result:
     """
-    Tests the best epoch of a run, unless it has been, and draws its figures.
-
-    :param Config config: the settings of the run.
-    :param ~pathlib.Path output: the folder of all runs.
-    :param Images images: the data.
-    :param ~torch.device device: where to compute.
-    :param settings: for :func:`~pyro_hollow.experiments.vae_training.estimate`.
+    Tests the best epoch of a run and draws its figures, or reads an earlier test with the same settings. They are those
+    of :func:`~pyro_hollow.experiments.vae_training.estimate`.
     """
     folder = _folder(output, config)
     training = json.loads((folder / "training.json").read_text())
@@ -205,16 +185,16 @@ def evaluate(config: Config, output: Path, images: Images, device: torch.device,
 
 def format_table(results: Sequence[Result]) -> str:
     """A Markdown table with a row per posterior, mean and standard deviation over seeds."""
-    lines = []
+    lines, mean = [], partial(harness.spread, deviation=False)
     for flow in dict.fromkeys(result.config.flow for result in results):
         rows = [result for result in results if result.config.flow == flow]
         tests = [result.estimate for result in rows if result.estimate is not None]
         nfe = [sum(r["nfe"] for r in result.history) / len(result.history) for result in rows]
-        evaluations = f"{_mean(nfe, 0)} / {_mean([t.nfe for t in tests], 0)}" if any(nfe) else "-"
+        evaluations = f"{mean(nfe, 0)} / {mean([t.nfe for t in tests], 0)}" if any(nfe) else "-"
         epochs = sorted({len(result.history) for result in rows})
         trained = f"{epochs[0]} to {epochs[-1]}" if epochs[1:] else epochs[0]
         bounds = harness.spread([t.elbo for t in tests], 2), harness.spread([t.nll for t in tests], 2)
-        seconds = _mean([r.seconds for r in rows], 1)
+        seconds = mean([r.seconds for r in rows], 1)
         lines.append([flow, *bounds, len(rows), trained, seconds, evaluations, f"{rows[0].parameters:,}"])
     header = (
         "posterior | -ELBO | NLL | seeds | epochs | seconds an epoch | evaluations per solve, training / test | "
@@ -223,27 +203,21 @@ def format_table(results: Sequence[Result]) -> str:
     return "\n".join(harness.table(header, lines))
 
 
-def _mean(values: Sequence[float], digits: int) -> str:
-    return harness.spread(values, digits, deviation=False)
-
-
 def write_csv(results: Sequence[Result], path: Path) -> None:
     """Writes a row per run."""
     last = ("loss", "validation", "nfe", "nfe_backward")
-    harness.write_csv(
-        path,
-        [
-            {
-                **asdict(result.config),
-                "parameters": result.parameters,
-                "trained_epochs": len(result.history),
-                "seconds_an_epoch": result.seconds,
-                **{f"training_{name}": result.history[-1][name] for name in last},
-                **(asdict(result.estimate) if result.estimate is not None else {}),
-            }
-            for result in results
-        ],
-    )
+    rows = [
+        {
+            **asdict(result.config),
+            "parameters": result.parameters,
+            "trained_epochs": len(result.history),
+            "seconds_an_epoch": result.seconds,
+            **{f"training_{name}": result.history[-1][name] for name in last},
+            **(asdict(result.estimate) if result.estimate is not None else {}),
+        }
+        for result in results
+    ]
+    harness.write_csv(path, rows)
 
 
 @torch.no_grad()
@@ -348,12 +322,7 @@ def make_parser() -> harness.Parser:
 
 
 def parse(parser: harness.Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """
-    Reads the command line, and before it the YAML file that it names.
-
-    :param Parser parser: the parser.
-    :param argv: the command line; None for that of the process.
-    """
+    """Reads the command line (None for that of the process), and before it the YAML file that it names."""
     args = parser.begin(argv)
     if args.config is None:
         return args
@@ -387,6 +356,8 @@ def make_config(args: argparse.Namespace, source: str, flow: str, seed: int) -> 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the experiment; see ``--help``."""
+    from lightning.pytorch.utilities import rank_zero_only
+
     parser = make_parser()
     args = parse(parser, argv)
     device = torch.device("cuda" if args.accelerator == "gpu" else "cpu")
@@ -415,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     except (DataError, OSError) as error:
         parser.error(str(error))
     table = format_table(results)
-    (folder / "table.md").write_text(f"{table}\n")
+    harness.write(folder / "table.md", f"{table}\n")
     write_csv(results, folder / "table.csv")
     draw_training(results, folder / "training.png")
     uncertainty = max(result.estimate.elbo_error for result in results if result.estimate is not None)

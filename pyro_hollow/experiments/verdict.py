@@ -23,8 +23,6 @@ from torch import Tensor
 from pyro_hollow.experiments.harness import Parser, positive, table
 from pyro_hollow.infer.importance import faults, smooth
 
-__all__ = ["CASES", "Case", "Row", "evaluate", "format_rates", "format_table", "main"]
-
 GOOD, BAD = 0.05, 0.25
 _CHUNK = 2_000_000  # elements of the samples at once
 
@@ -77,21 +75,13 @@ def _rippled(amplitude: float) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """
-    A target and a guide of independent coordinates.
+    """A target and a guide of independent coordinates."""
 
-    :ivar str kind: in what the guide is wrong.
-    :ivar str name: the target and the guide.
-    :ivar target: the log density of each coordinate.
-    :ivar guide: the guides of the coordinates, in turn.
-    :ivar bool first: the guide is wrong in the first coordinate only; the others are standard Normal.
-    """
-
-    kind: str
-    name: str
-    target: Callable[[Tensor], Tensor]
-    guide: tuple[dist.Distribution, ...]
-    first: bool = False
+    kind: str  #: in what the guide is wrong.
+    name: str  #: the target and the guide.
+    target: Callable[[Tensor], Tensor]  #: the log density of each coordinate.
+    guide: tuple[dist.Distribution, ...]  #: the guides of the coordinates, in turn.
+    first: bool = False  #: the guide is wrong in the first coordinate only; the others are standard Normal.
 
     def draw(self, *shape: int) -> tuple[Tensor, Tensor]:
         """Samples with shape ``(*, S, d)`` and their log weights."""
@@ -145,25 +135,16 @@ CASES = _cases()
 
 @dataclass(frozen=True)
 class Row:
-    """
-    Result of :func:`evaluate`.
+    """Result of :func:`evaluate`."""
 
-    :ivar Case case: the target and the guide.
-    :ivar int d: the dimension.
-    :ivar int num_samples: the number of samples, S.
-    :ivar errors: root mean square errors of the mean, the logarithm of the standard deviation, and the log evidence.
-    :ivar float alarms: the share of runs whose draws are not to be trusted.
-    :ivar float khat_alarms: the same if the k-hat alone would decide, by the limit of 0.7, or 1 - 1 / log10(S).
-    :ivar khats: the quantiles of the k-hat at 5, 50 and 95 %.
-    """
-
-    case: Case
-    d: int
-    num_samples: int
+    case: Case  #: the target and the guide.
+    d: int  #: the dimension.
+    num_samples: int  #: the number of samples, S.
+    #: root mean square errors of the mean, the logarithm of the standard deviation, and the log evidence.
     errors: tuple[float, float, float]
-    alarms: float
-    khat_alarms: float
-    khats: tuple[float, float, float]
+    alarms: float  #: the share of runs whose draws are not to be trusted.
+    khat_alarms: float  #: the same if the k-hat alone would decide, by the limit of 0.7, or 1 - 1 / log10(S).
+    khats: tuple[float, float, float]  #: the quantiles of the k-hat at 5, 50 and 95 %.
 
     @property
     def truth(self) -> str:
@@ -173,14 +154,7 @@ class Row:
 
 
 def evaluate(case: Case, d: int, num_samples: int, repeats: int) -> Row:
-    """
-    Weighs samples of a guide again and again.
-
-    :param Case case: the target and the guide.
-    :param int d: the dimension.
-    :param int num_samples: of each run.
-    :param int repeats: the number of runs.
-    """
+    """Weighs samples of a guide in repeated runs; see :class:`Row`."""
     target = Target(case.target)
     normal = Target(_normal().log_prob)
     limit = min(1 - 1 / math.log10(num_samples), 0.7)
@@ -233,8 +207,8 @@ def format_rates(rows: Sequence[Row]) -> str:
     return "\n".join(table(header, cells))
 
 
-def make_parser() -> Parser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the experiment; see ``--help``."""
     parser = Parser(__file__, __doc__)
     add = parser.add_argument
     add("--kind", nargs="+", choices=sorted({case.kind for case in CASES}), help="default: all")
@@ -242,12 +216,7 @@ def make_parser() -> Parser:
     add("--num-samples", nargs="+", type=positive, default=[1000, 4000], help="at least 25")
     add("--repeats", type=positive, default=200, help="runs of each guide (default: 200)")
     add("--seed", type=int, default=0, help="of torch (default: 0)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the experiment; see ``--help``."""
-    args = make_parser().begin(argv)
+    args = parser.begin(argv)
     torch.manual_seed(args.seed)
     rows = []
     for case in CASES:
