@@ -138,7 +138,7 @@ def _fertility() -> Process:
         data = import_module("statsmodels.datasets.fertility")
     except ImportError as error:
         raise DataError(
-            "the data set fertility comes with statsmodels, which is not installed: pip install statsmodels, or all of "
+            "the data set fertility comes with statsmodels, which is not installed: pip install statsmodels or "
             'pip install "pyro_hollow[sde]", or leave fertility out of --process'
         ) from error
     table = data.load_pandas().data
