@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BINARIZATIONS", "DATASETS", "DataError", "Images", "load_images", "read_idx"]
+from pyro_hollow.experiments.harness import extra
 
 DATASETS = ("digits", "mnist", "omniglot")
 BINARIZATIONS = ("static", "dynamic")
@@ -51,21 +51,13 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Images:
-    """
-    A data set of images.
+    """A data set of images."""
 
-    :ivar train: training images with shape ``(n, height * width)``, the probabilities of ink in [0, 1].
-    :ivar validation: validation images, binary.
-    :ivar test: test images, binary.
-    :ivar shape: height and width.
-    :ivar source: what exactly the images are, in words.
-    """
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-    shape: tuple[int, int]
-    source: str
+    train: Tensor  #: training images with shape ``(n, height * width)``, the probabilities of ink in [0, 1].
+    validation: Tensor  #: validation images, binary.
+    test: Tensor  #: test images, binary.
+    shape: tuple[int, int]  #: height and width.
+    source: str  #: what exactly the images are, in words.
 
 
 def load_images(name: str, data_dir: str | Path | None = None, binarization: str = "static") -> Images:
@@ -103,7 +95,8 @@ def load_images(name: str, data_dir: str | Path | None = None, binarization: str
 
 
 def _digits() -> Images:
-    from sklearn.datasets import load_digits
+    with extra():
+        from sklearn.datasets import load_digits
 
     x = load_digits().data
     x = x[np.random.default_rng(0).permutation(len(x))] / 16
@@ -196,19 +189,12 @@ def _file(
                 "downloaded"
             )
         return found
-    import pooch
+    with extra():
+        import pooch
 
-    known = None if checksum is None else f"sha256:{checksum}"
+    known, cache = None if checksum is None else f"sha256:{checksum}", pooch.os_cache("pyro_hollow")
     try:
-        return Path(
-            pooch.retrieve(
-                f"{url}{names[0]}",
-                known,
-                names[0],
-                path=pooch.os_cache("pyro_hollow"),
-                progressbar=sys.stderr.isatty(),
-            )
-        )
+        return Path(pooch.retrieve(f"{url}{names[0]}", known, names[0], path=cache, progressbar=sys.stderr.isatty()))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{names[0]} could not be downloaded from {url} ({error}); get it another way and name its folder with "

@@ -12,7 +12,6 @@ from fresh samples and a solve at tolerances of 1e-7. A second table tells what 
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_hollow.experiments.progress import Progress
+from pyro_hollow.experiments.harness import Parser, Progress, minimise, positive, spread, table
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import HollowCNF, hollow_cnf
 
@@ -95,15 +94,10 @@ def fit(target: str, steps: int, seed: int, **kwargs: Any) -> tuple[HollowCNF, f
     log_density, d = TARGETS[target]
     pyro.set_rng_seed(seed)
     flow = hollow_cnf(d, **{"solver": TRAIN_SOLVER, **kwargs})
-    optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    training = minimise(lambda: kl_divergence(flow, log_density, 64), flow.parameters(), steps, 5e-3)
     begin = time.perf_counter()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        kl_divergence(flow, log_density, 64).backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0, error_if_nonfinite=True)
-        optimizer.step()
-        schedule.step()
+    for _ in training:
+        pass
     return flow, (time.perf_counter() - begin) / steps * 1e3
 
 
@@ -125,7 +119,7 @@ def _test(flow: HollowCNF, target: str, solver: Solver, num_samples: int = 10_00
 
 def variants_table(variants: Sequence[str], targets: Sequence[str], steps: int, seeds: Sequence[int]) -> list[str]:
     """Rows: the KL that each variant leaves, mean over seeds."""
-    lines = [f"| setting | {' | '.join(targets)} | ms per step |", f"|---{'|---' * len(targets)}|---|"]
+    rows = []
     with Progress(total=len(variants) * len(targets) * len(seeds), desc="variants") as progress:
         for name in variants:
             cells, times = [], []
@@ -136,17 +130,14 @@ def variants_table(variants: Sequence[str], targets: Sequence[str], steps: int, 
                     losses.append(_test(flow, target, TEST_SOLVER))
                     times.append(milliseconds)
                     progress.update()
-                cells.append(f"{sum(losses) / len(losses):.3f}")
-            lines.append(f"| {name} | {' | '.join(cells)} | {sum(times) / len(times):.1f} |")
-    return lines
+                cells.append(spread(losses, 3, deviation=False))
+            rows.append([name, *cells, spread(times, 1, deviation=False)])
+    return table(" | ".join(["setting", *targets, "ms per step"]), rows)
 
 
 def tolerance_table(targets: Sequence[str], steps: int) -> list[str]:
     """Rows: bias of the KL and evaluations for flows that were trained, and are evaluated, at a tolerance."""
-    lines = [
-        "| rtol = atol | largest error of the KL | evaluations | KL after training | ms per step |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for tolerance in Progress(TOLERANCES, desc="tolerances"):
         solver = Solver(rtol=tolerance, atol=tolerance)
         errors, evaluations, losses, times = [], [], [], []
@@ -158,27 +149,21 @@ def tolerance_table(targets: Sequence[str], steps: int) -> list[str]:
             losses.append(_test(flow, target, TEST_SOLVER))
             errors.append(abs(own - losses[-1]))
             times.append(milliseconds)
-        lines.append(
-            f"| {tolerance:g} | {max(errors):.1e} | {min(evaluations)} to {max(evaluations)} | "
-            f"{' / '.join(f'{loss:.3f}' for loss in losses)} | {sum(times) / len(times):.1f} |"
-        )
-    return lines
+        left = " / ".join(f"{loss:.3f}" for loss in losses)
+        count = f"{min(evaluations)} to {max(evaluations)}"
+        rows.append([f"{tolerance:g}", f"{max(errors):.1e}", count, left, spread(times, 1, deviation=False)])
+    return table("rtol = atol | largest error of the KL | evaluations | KL after training | ms per step", rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        "python -m pyro_hollow.experiments.defaults", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument(
-        "--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants (default: all)"
-    )
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="targets (default: all)")
-    parser.add_argument("--steps", type=int, default=1000, help="steps of training (default: 1000)")
-    parser.add_argument("--seed", nargs="+", type=int, default=[0], help="seeds (default: 0)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    parser = Parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants (default: all)")
+    add("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="targets (default: all)")
+    add("--steps", type=positive, default=1000, help="steps of training (default: 1000)")
+    add("--seed", nargs="+", type=int, default=[0], help="seeds (default: 0)")
+    args = parser.begin(argv)
     print(f"KL(q || p) in nats after {args.steps} steps, mean over {len(args.seed)} seeds:\n")
     print("\n".join(variants_table(args.variant, args.target, args.steps, args.seed)), flush=True)
     print(f"\ndopri5, default network, by tolerance; KL after training for {', '.join(args.target)}:\n")

@@ -9,7 +9,7 @@ The picture of the README: how the Jacobian of a hollow network splits, and a Ho
 
 from __future__ import annotations
 
-import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.defaults import bent, ring
-from pyro_hollow.experiments.figures import pyplot
-from pyro_hollow.experiments.progress import Progress
+from pyro_hollow.experiments.harness import Parser, Progress, minimise, positive, pyplot
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ops import jacobian
 from pyro_hollow.transforms import HollowCNF
@@ -33,34 +31,24 @@ TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def train(log_density: Callable[[Tensor], Tensor], dim: int, steps: int) -> HollowNN:
-    """
-    Fits a Hollow-CNF to a density by the KL divergence from the flow, whose base is :data:`WIDTH` wide.
-
-    :param log_density: maps ``(*, dim)`` to ``(*,)``.
-    :param int dim: the dimension.
-    :param int steps: the number of steps.
-    """
+    """Fits a Hollow-CNF to a log density of ``(*, dim)`` by the KL divergence from the flow; its base is WIDTH wide."""
     net = HollowNN(dim)
     flow = HollowCNF(net)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in Progress(range(steps), desc=log_density.__name__):
+
+    def loss() -> Tensor:
         y, ladj = flow.call_and_ladj(WIDTH * torch.randn(256, dim))
-        loss = -(log_density(y) + ladj).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return -(log_density(y) + ladj).mean()
+
+    training = minimise(loss, flow.parameters(), steps, 1e-2, max_norm=math.inf)
+    for _ in Progress(training, desc=log_density.__name__, total=steps):
+        pass
     return net
 
 
 def split(net: HollowNN, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    The Jacobian of a network at t = 0.5, by automatic differentiation of the whole; its diagonal, in closed form; and
-    the difference of the two.
-
-    :param net: the network.
-    :param Tensor x: a point with shape ``(d,)``.
+    The Jacobian of a network at t = 0.5 and a point with shape ``(d,)``, by automatic differentiation of the whole; its
+    diagonal, in closed form; and the difference of the two.
     """
     t = torch.tensor(0.5)
     whole = jacobian(lambda x: net(t, x), x).detach()
@@ -70,12 +58,7 @@ def split(net: HollowNN, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def densities(net: HollowNN, size: int) -> list[Tensor]:
-    """
-    The density that a flow has at the times of :data:`TIMES`, on a grid over the square from -4 to 4.
-
-    :param net: the network of the flow.
-    :param int size: the number of points of the grid along an axis.
-    """
+    """The density of a flow at the times of TIMES, on a grid from -4 to 4 with ``size`` points along an axis."""
     axis = torch.linspace(-4, 4, size)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).view(-1, 2)
     base = dist.Normal(torch.zeros(2), WIDTH).to_event(1)
@@ -84,13 +67,7 @@ def densities(net: HollowNN, size: int) -> list[Tensor]:
 
 
 def draw(parts: Sequence[Tensor], strip: Sequence[Tensor], path: Path) -> None:
-    """
-    Draws the picture.
-
-    :param parts: the Jacobian, its diagonal and its hollow part.
-    :param strip: densities on a grid over the square from -4 to 4.
-    :param ~pathlib.Path path: of the PNG.
-    """
+    """Draws the Jacobian, its diagonal and its hollow part, and below densities on a grid from -4 to 4: PNG."""
     plt = pyplot()
     fig = plt.figure(figsize=(10, 4.4), layout="constrained")
     above, below = fig.subfigures(2, 1, height_ratios=[1, 1.05])
@@ -125,15 +102,11 @@ def _draw_strip(axes: Any, strip: Sequence[Tensor]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        "python -m pyro_hollow.experiments.overview", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = Parser(__file__, __doc__, needs=("matplotlib",))
+    path = Path("results/overview.png")
     parser.add_argument("--steps", type=positive, default=1500, help="of training (default: 1500)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("results/overview.png"), help="default: results/overview.png"
-    )
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    parser.add_argument("--output", type=Path, default=path, help=f"default: {path}")
+    args = parser.begin(argv)
     torch.manual_seed(0)
     parts = split(train(bent, 8, args.steps), torch.randn(8))
     draw(parts, densities(train(ring, 2, args.steps), 120), args.output)

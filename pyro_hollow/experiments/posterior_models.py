@@ -40,8 +40,6 @@ from torch import Tensor
 from pyro_hollow.experiments import defaults
 from pyro_hollow.experiments.data import DataError
 
-__all__ = ["POSTERIORS", "Posterior", "load"]
-
 NUM_DRAWS = 10_000
 
 
@@ -51,28 +49,20 @@ class Posterior:
     A posterior with draws to compare with.
 
     Quantities are the scalars that are compared, named as in Stan: "tau", "theta[1]".
-
-    :ivar name: a name in :data:`POSTERIORS`.
-    :ivar title: the name in tables and figures.
-    :ivar shape: "curved" or "nearly Gaussian".
-    :ivar model: the Pyro model; its particles can be vectorised, and autoguides can sample from it.
-    :ivar quantities: turns samples of the model's latent sites, with one leading sample dimension and any dimensions of
-        size 1 that plates leave, into quantities with shape ``(n,)``.
-    :ivar pair: the two quantities that tell most in a scatter plot.
-    :ivar log_scale: those of the pair that are best drawn on a logarithmic axis.
-    :ivar reference: draws of the quantities, each with shape ``(n,)``; None where their file is missing.
-    :ivar log_evidence: the logarithm of the normalising constant; None if it is not known.
     """
 
-    name: str
-    title: str
-    shape: str
-    model: Callable[[], Any]
+    name: str  #: a name in :data:`POSTERIORS`.
+    title: str  #: the name in tables and figures.
+    shape: str  #: "curved" or "nearly Gaussian".
+    model: Callable[[], Any]  #: the Pyro model; its particles can be vectorised, and autoguides can sample from it.
+    #: turns samples of the model's latent sites, with one leading sample dimension and any dimensions of size 1 that
+    #: plates leave, into quantities with shape ``(n,)``.
     quantities: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    pair: tuple[str, str]
-    log_scale: tuple[str, ...] = ()
+    pair: tuple[str, str]  #: the two quantities that tell most in a scatter plot.
+    log_scale: tuple[str, ...] = ()  #: those of the pair that are best drawn on a logarithmic axis.
+    #: draws of the quantities, each with shape ``(n,)``; None where their file is missing.
     reference: dict[str, Tensor] | None = None
-    log_evidence: float | None = None
+    log_evidence: float | None = None  #: the logarithm of the normalising constant; None if it is not known.
 
 
 def load(name: str, data_dir: str | Path | None = None) -> Posterior:

@@ -16,12 +16,10 @@ The folder has a folder "posteriordb"; see :mod:`pyro_hollow.experiments.posteri
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
@@ -31,21 +29,12 @@ import numpy as np
 import pyro
 import pyro.distributions.transforms as T
 import torch
-from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import (
-    AutoGuide,
-    AutoIAFNormal,
-    AutoMultivariateNormal,
-    AutoNormal,
-    AutoNormalizingFlow,
-)
+from pyro.infer import SVI, Trace_ELBO, autoguide
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 
-from pyro_hollow.experiments.arguments import positive
 from pyro_hollow.experiments.data import DataError
-from pyro_hollow.experiments.figures import pyplot
-from pyro_hollow.experiments.files import write
+from pyro_hollow.experiments.harness import Parser, Progress, figure, keep, kept, positive, spread, table, write
 from pyro_hollow.experiments.posterior_models import POSTERIORS, Posterior, load
-from pyro_hollow.experiments.progress import Progress
 from pyro_hollow.infer import AutoHollowCNF, diagnose
 from pyro_hollow.ode import Solver, SolverError
 
@@ -54,7 +43,7 @@ LEARNING_RATE, PARTICLES = 1e-2, 32
 
 
 def _flow(init: Callable[..., Any], repeats: int = 1, **kwargs: Any) -> Callable[[Any], AutoGuide]:
-    return lambda model: AutoNormalizingFlow(model, lambda d: T.iterated(repeats, partial(init, d, **kwargs)))
+    return lambda model: autoguide.AutoNormalizingFlow(model, lambda d: T.iterated(repeats, partial(init, d, **kwargs)))
 
 
 def _hollow(**kwargs: Any) -> Callable[[Any], AutoGuide]:
@@ -65,8 +54,8 @@ def _hollow(**kwargs: Any) -> Callable[[Any], AutoGuide]:
 GUIDES: dict[str, Callable[[Any], AutoGuide]] = {
     "hollow": _hollow(),
     "normal": AutoNormal,
-    "multivariate": AutoMultivariateNormal,
-    "iaf": lambda model: AutoIAFNormal(model, num_transforms=2),
+    "multivariate": autoguide.AutoMultivariateNormal,
+    "iaf": lambda model: autoguide.AutoIAFNormal(model, num_transforms=2),
     "spline": _flow(T.spline_autoregressive, 2),
     "neural": _flow(T.neural_autoregressive),
     "block": _flow(T.block_autoregressive),
@@ -91,63 +80,42 @@ VARIANTS: dict[str, Callable[[Any], AutoGuide]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """
-    All that decides the result of a run, but for the machine.
-
-    :ivar schedule: of the learning rate: "cosine", down to 0, or "constant".
-    """
+    """All that decides the result of a run, but for the machine."""
 
     posterior: str
     guide: str
     steps: int
     seed: int
-    schedule: str = "cosine"
+    schedule: str = "cosine"  #: of the learning rate: "cosine", down to 0, or "constant".
 
 
 @dataclass
 class Result:
-    """
-    Findings of a run.
+    """Findings of a run."""
 
-    :ivar config: its settings.
-    :ivar failure: the error that ended it, or "".
-    :ivar elbo: the evidence lower bound.
-    :ivar khat: of the importance weights; see :func:`~pyro_hollow.infer.diagnose`.
-    :ivar ess: the effective sample size over the number of samples.
-    :ivar mean_error: the largest error of a mean, in standard deviations of the reference; nan without a reference.
-    :ivar scale_error: the largest relative error of a standard deviation.
-    :ivar milliseconds: per step.
-    :ivar evaluations: per solve of a Hollow-CNF, mean over the last tenth of the steps.
-    :ivar tight_evaluations: per solve when it is judged.
-    :ivar solver_error: ELBO with the guide's own solver minus that of the tight one.
-    :ivar num_samples: the samples it was judged by.
-    :ivar history: steps, losses and evaluations, means over a fiftieth of the steps each.
-    """
-
-    config: Config
-    failure: str = ""
-    elbo: float = math.nan
-    khat: float = math.nan
-    ess: float = math.nan
+    config: Config  #: its settings.
+    failure: str = ""  #: the error that ended it, or "".
+    elbo: float = math.nan  #: the evidence lower bound.
+    khat: float = math.nan  #: of the importance weights; see :func:`~pyro_hollow.infer.diagnose`.
+    ess: float = math.nan  #: the effective sample size over the number of samples.
+    #: the largest error of a mean, in standard deviations of the reference; nan without a reference.
     mean_error: float = math.nan
-    scale_error: float = math.nan
-    milliseconds: float = math.nan
-    evaluations: float = math.nan
-    tight_evaluations: float = math.nan
-    solver_error: float = math.nan
-    num_samples: int = 0
+    scale_error: float = math.nan  #: the largest relative error of a standard deviation.
+    milliseconds: float = math.nan  #: per step.
+    evaluations: float = math.nan  #: per solve of a Hollow-CNF, mean over the last tenth of the steps.
+    tight_evaluations: float = math.nan  #: per solve when it is judged.
+    solver_error: float = math.nan  #: ELBO with the guide's own solver minus that of the tight one.
+    num_samples: int = 0  #: the samples it was judged by.
+    #: steps, losses and evaluations, means over a fiftieth of the steps each.
     history: list[list[float]] = field(default_factory=list)
 
 
-def fit(posterior: Posterior, guide: AutoGuide, config: Config, result: Result) -> None:
-    """
-    Fits a guide by Adam with clipped gradients and a learning rate that falls along half a cosine, or is constant.
+Runs = dict[str, list[Result]]
+Draws = dict[str, np.ndarray]
 
-    :param posterior: the posterior.
-    :param guide: the guide.
-    :param config: the number of steps, the seed and the schedule.
-    :param result: gets the history and the time.
-    """
+
+def fit(posterior: Posterior, guide: AutoGuide, config: Config, result: Result) -> None:
+    """Fits a guide by Adam with clipped gradients and a schedule of the learning rate; adds history and time."""
     pyro.clear_param_store()
     pyro.set_rng_seed(config.seed)
     optimizer = pyro.optim.ClippedAdam({"lr": LEARNING_RATE, "clip_norm": 10.0})
@@ -176,14 +144,10 @@ def _evaluations(guide: AutoGuide) -> float:
     return float(sum(flow.last_solve.nfe for flow in guide._modules["flows"] if flow.last_solve is not None))
 
 
-def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Result) -> dict[str, np.ndarray]:
+def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Result) -> Draws:
     """
-    Compares a fitted guide with its posterior.
+    Compares samples of a fitted guide with its posterior; adds the findings to the result.
 
-    :param posterior: the posterior.
-    :param guide: the guide.
-    :param int num_samples: the number of samples.
-    :param result: gets the findings.
     :returns: draws of the posterior's quantities from the guide.
     """
 
@@ -211,103 +175,56 @@ def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Resu
     return {name: values[:5000].numpy() for name, values in draws.items()}
 
 
-def _stem(folder: Path, config: Config) -> Path:
-    """Path of a run's files, without the suffix."""
-    return folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}"
+def _file(folder: Path, config: Config) -> Path:
+    """The file that keeps a run, as JSON; one in ".npz" has the draws."""
+    return folder / config.posterior / f"{config.guide}-{config.steps}-{config.seed}.json"
 
 
 def run(posterior: Posterior, config: Config, num_samples: int, folder: Path, force: bool) -> Result:
-    """
-    One run, or what is left of an earlier one.
-
-    :param posterior: the posterior.
-    :param config: the settings.
-    :param int num_samples: the number of samples to judge the guide by.
-    :param folder: where results are kept.
-    :param bool force: run again.
-    """
-    stem = _stem(folder, config)
-    if stem.with_suffix(".json").exists() and not force:
-        saved = json.loads(stem.with_suffix(".json").read_text())
-        if saved.get("num_samples") == num_samples:
-            return Result(**{**saved, "config": Config(**saved["config"])})
-    result = Result(config, num_samples=num_samples)
+    """Fits and judges a guide, or reads an earlier run from the folder, unless ``force``."""
+    path = _file(folder, config)
+    found = kept(path, Result, force)
+    if found is not None and found.num_samples == num_samples:
+        return found
+    result, draws = Result(config, num_samples=num_samples), None
     guide = {**GUIDES, **VARIANTS}[config.guide](posterior.model)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".npz").unlink(missing_ok=True)
     try:
         fit(posterior, guide, config, result)
-        np.savez_compressed(stem.with_suffix(".npz"), **judge(posterior, guide, num_samples, result))  # type: ignore[arg-type]
+        draws = judge(posterior, guide, num_samples, result)
     except (ValueError, SolverError) as error:  # a guide that diverges is a finding; Pyro says ValueError of NaN
         result.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    write(stem.with_suffix(".json"), json.dumps(asdict(result)))
-    return result
+    return keep(path, result, draws)
 
 
 def equal_time(reference: Result, result: Result) -> Config:
-    """
-    Number of steps that take a guide as long as the reference took.
-
-    :param reference: the run that sets the time.
-    :param result: a run of the guide, which tells the time of a step.
-    """
+    """The settings of a run with the number of steps that takes as long as the reference took."""
     steps = reference.milliseconds * reference.config.steps / result.milliseconds
     return replace(result.config, steps=max(1, round(steps))) if math.isfinite(steps) else result.config
 
 
-Runs = dict[str, list[Result]]
-
-
 def format_table(posterior: Posterior, at_steps: Runs, at_seconds: Runs) -> str:
-    """
-    A table in Markdown: one row for each guide, means over seeds.
+    """A table in Markdown of runs by guide, at equal steps and at equal seconds: means over seeds."""
 
-    :param posterior: the posterior.
-    :param at_steps: runs by guide at equal steps.
-    :param at_seconds: runs by guide at equal seconds; may be empty.
-    """
-    lines = [
-        f"{posterior.title} ({posterior.shape})\n",
-        "| guide | ELBO | ELBO at equal seconds | k-hat | error of a mean | of a sd | ms per step | evaluations |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    def mean(results: Sequence[Result], name: str, digits: int) -> str:
+        """Leaves out runs that failed: the guide's cell counts them."""
+        finite = [value for r in results if math.isfinite(value := getattr(r, name))]
+        return spread(finite, digits, deviation=name == "elbo")
+
+    rows = []
     for guide, results in at_steps.items():
-        cells = [
-            _mean([r.elbo for r in results], 3),
-            _mean([r.elbo for r in at_seconds.get(guide, [])], 3),
-            _worst([r.khat for r in results]),
-            _mean([r.mean_error for r in results], 2, spread=False),
-            _mean([r.scale_error for r in results], 2, spread=False),
-            _mean([r.milliseconds for r in results], 1, spread=False),
-            _mean([r.evaluations for r in results], 0, spread=False),
-        ]
-        failures = {r.config for r in [*results, *at_seconds.get(guide, [])] if r.failure}
+        late = at_seconds.get(guide, [])
+        failures = {r.config for r in [*results, *late] if r.failure}
         name = guide + (f" ({len(failures)} failed)" if failures else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _worst(values: Sequence[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    return f"{max(known):.2f}" if known else "-"
-
-
-def _mean(values: Sequence[float], digits: int, spread: bool = True) -> str:
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return "-"
-    deviation = f" ± {np.std(finite, ddof=1):.{digits}f}" if spread and len(finite) > 1 else ""
-    return f"{np.mean(finite):.{digits}f}{deviation}"
+        khats = [r.khat for r in results if not math.isnan(r.khat)]
+        cells = [mean(results, "elbo", 3), mean(late, "elbo", 3), f"{max(khats):.2f}" if khats else "-"]
+        others = {"mean_error": 2, "scale_error": 2, "milliseconds": 1, "evaluations": 0}
+        rows.append([name, *cells, *(mean(results, name, digits) for name, digits in others.items())])
+    header = "guide | ELBO | ELBO at equal seconds | k-hat | error of a mean | of a sd | ms per step | evaluations"
+    return "\n".join(table(header, rows, f"{posterior.title} ({posterior.shape})"))
 
 
 def leaders(tables: dict[str, Runs], guide: str, margin: float) -> list[str]:
-    """
-    The posteriors on which a guide's mean ELBO is the highest, or within a margin of it.
-
-    :param tables: by posterior, runs by guide.
-    :param str guide: the guide.
-    :param float margin: the margin in nats.
-    """
+    """The posteriors on which a guide's mean ELBO is the highest, or within a margin of it in nats."""
     found = []
     for name, runs in tables.items():
         means = {g: float(np.mean([_or_worst(r.elbo) for r in results])) for g, results in runs.items()}
@@ -322,61 +239,40 @@ def _or_worst(elbo: float) -> float:
 
 
 def draw(posterior: Posterior, runs: Runs, folder: Path) -> None:
-    """
-    Draws the posterior's telling pair and its marginals, guide by guide, against the reference: PNG.
-
-    :param posterior: the posterior.
-    :param runs: runs by guide.
-    :param folder: where results are kept.
-    """
-    plt = pyplot()
-    draws = {}
-    for guide, results in runs.items():
-        path = _stem(folder, results[0].config).with_suffix(".npz")
-        if path.exists():
-            draws[guide] = dict(np.load(path))
+    """Draws the posterior's telling pair and its marginals, guide by guide, against the reference: PNG."""
+    paths = {guide: _file(folder, results[0].config).with_suffix(".npz") for guide, results in runs.items()}
+    draws = {guide: dict(np.load(path)) for guide, path in paths.items() if path.exists()}
     if not draws:
         return
     horizontal, vertical = posterior.pair
     reference = None if posterior.reference is None else {k: v[:5000].numpy() for k, v in posterior.reference.items()}
-    names = list(dict.fromkeys([*posterior.pair, *next(iter(draws.values()))]))[:4]
-    columns = min(4, len(draws))
-    rows = math.ceil(len(draws) / columns)
-    figure, axes = plt.subplots(
-        rows + 1, columns, figsize=(3 * columns, 3 * (rows + 1)), squeeze=False, layout="constrained"
-    )
+    first = next(iter(draws.values()))
+    names = list(dict.fromkeys([*posterior.pair, *first]))[:4]
     scale = {name: "log" if name in posterior.log_scale else "linear" for name in names}
-    limits = _limits(reference if reference is not None else draws[next(iter(draws))], scale)
-    for axis in axes.flat:
-        axis.set_visible(False)
-    for axis, (guide, sample) in zip(axes.flat, draws.items(), strict=False):
-        axis.set_visible(True)
-        if reference is not None:
-            axis.plot(reference[horizontal], reference[vertical], ".", color="0.7", markersize=2, rasterized=True)
-        axis.plot(
-            sample[horizontal][:2000],
-            sample[vertical][:2000],
-            ".",
-            color="C0",
-            markersize=2,
-            alpha=0.4,
-            rasterized=True,
-        )
-        axis.set(
-            title=guide, xlabel=horizontal, ylabel=vertical, xscale=scale[horizontal], yscale=scale[vertical],
-            xlim=limits[horizontal], ylim=limits[vertical],
-        )  # fmt: skip
-    for axis, name in zip(axes[-1], names, strict=False):
-        axis.set_visible(True)
-        _draw_marginal(axis, name, scale[name], limits[name], reference, draws)
-    if axes[-1, 0].get_legend_handles_labels()[0]:
-        axes[-1, 0].legend(fontsize=7)
-    figure.suptitle(f"{posterior.title}: draws of the guides on those of the posterior (grey)")
-    figure.savefig(folder / f"{posterior.name}.png", dpi=110)
-    plt.close(figure)
+    limits = _limits(first if reference is None else reference, scale)
+    columns = min(4, len(draws))
+    rows = math.ceil(len(draws) / columns) + 1
+    size = 3 * columns, 3 * rows
+    with figure(folder / f"{posterior.name}.png", rows, columns, size, squeeze=False) as (whole, axes):
+        for axis in axes.flat:
+            axis.set_visible(False)
+        for axis, (guide, sample) in zip(axes.flat, draws.items(), strict=False):
+            axis.set_visible(True)
+            dots = {"markersize": 2, "rasterized": True}
+            if reference is not None:
+                axis.plot(reference[horizontal], reference[vertical], ".", color="0.7", **dots)
+            axis.plot(sample[horizontal][:2000], sample[vertical][:2000], ".", color="C0", alpha=0.4, **dots)
+            axis.set(title=guide, xlabel=horizontal, ylabel=vertical, xscale=scale[horizontal], yscale=scale[vertical])
+            axis.set(xlim=limits[horizontal], ylim=limits[vertical])
+        for axis, name in zip(axes[-1], names, strict=False):
+            axis.set_visible(True)
+            _draw_marginal(axis, name, scale[name], limits[name], reference, draws)
+        if axes[-1, 0].get_legend_handles_labels()[0]:
+            axes[-1, 0].legend(fontsize=7)
+        whole.suptitle(f"{posterior.title}: draws of the guides on those of the posterior (grey)")
 
 
-def _limits(sample: dict[str, np.ndarray], scale: dict[str, str]) -> dict[str, tuple[float, float]]:
+def _limits(sample: Draws, scale: dict[str, str]) -> dict[str, tuple[float, float]]:
     limits = {}
     for name, kind in scale.items():
         values = np.log(sample[name]) if kind == "log" else sample[name]
@@ -387,12 +283,7 @@ def _limits(sample: dict[str, np.ndarray], scale: dict[str, str]) -> dict[str, t
 
 
 def _draw_marginal(
-    axis: Any,
-    name: str,
-    scale: str,
-    limits: tuple[float, float],
-    reference: dict[str, np.ndarray] | None,
-    draws: dict[str, dict[str, np.ndarray]],
+    axis: Any, name: str, scale: str, limits: tuple[float, float], reference: Draws | None, draws: dict[str, Draws]
 ) -> None:
     edges = np.geomspace(*limits, 40) if scale == "log" else np.linspace(*limits, 40)
     if reference is not None:
@@ -400,59 +291,37 @@ def _draw_marginal(
     styles = [("hollow", "C0", "-"), ("normal", "C1", ":"), ("multivariate", "C2", "--"), ("iaf", "C3", "-.")]
     for guide, color, line in styles:
         if guide in draws:
-            axis.hist(
-                draws[guide][name], edges, density=True, histtype="step", color=color, linestyle=line, label=guide
-            )
+            style = {"histtype": "step", "color": color, "linestyle": line}
+            axis.hist(draws[guide][name], edges, density=True, label=guide, **style)
     axis.set(xlabel=name, xscale=scale, xlim=limits, ylabel="density")
 
 
 def draw_evaluations(runs: dict[str, dict[str, Result]], path: Path) -> None:
-    """
-    Draws evaluations per solve over training: PNG.
-
-    :param runs: by posterior, runs of variants of AutoHollowCNF by name.
-    :param path: the file.
-    """
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        1, len(runs), figsize=(3 * len(runs), 3), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, (name, results) in zip(axes[0], runs.items(), strict=True):
-        for (guide, result), line in zip(results.items(), cycle(("-", "--", ":", "-.")), strict=False):
-            steps, _, evaluations = zip(*result.history, strict=True)
-            axis.plot(steps, evaluations, line, label=guide)
-        axis.set(title=name, xlabel="step")
-    axes[0, 0].set_ylabel("evaluations per solve")
-    if axes[0, 0].get_legend_handles_labels()[0]:
-        axes[0, 0].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    """Draws evaluations per solve over training, of runs by posterior and variant: PNG."""
+    with figure(path, 1, len(runs), (3 * len(runs), 3), squeeze=False, sharey=True) as (_, axes):
+        for axis, (name, results) in zip(axes[0], runs.items(), strict=True):
+            for (guide, result), line in zip(results.items(), cycle(("-", "--", ":", "-.")), strict=False):
+                steps, _, evaluations = zip(*result.history, strict=True)
+                axis.plot(steps, evaluations, line, label=guide)
+            axis.set(title=name, xlabel="step")
+        axes[0, 0].set_ylabel("evaluations per solve")
+        if axes[0, 0].get_legend_handles_labels()[0]:
+            axes[0, 0].legend()
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m pyro_hollow.experiments.posteriors", description=(__doc__ or "").split("\n\n")[0]
-    )
-    names = [*GUIDES, *VARIANTS]
-    parser.add_argument("--posterior", nargs="+", choices=POSTERIORS, default=list(POSTERIORS), help="default: all")
-    parser.add_argument("--guide", nargs="+", choices=names, default=list(GUIDES), help=f"default: {', '.join(GUIDES)}")
-    parser.add_argument("--steps", type=positive, default=2000, help="steps (default: 2000)")
-    parser.add_argument(
-        "--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate (default: cosine)"
-    )
-    parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
-    parser.add_argument("--num-samples", type=int, default=10_000, help="to judge a guide by (default: 10000)")
-    parser.add_argument("--no-equal-seconds", action="store_true", help="equal steps only")
-    parser.add_argument("--data-dir", type=Path, help="the folder with the folder posteriordb")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("results/posteriors"),
-        help="where results are kept, those of a constant rate in a folder of their own (default: results/posteriors)",
-    )
-    parser.add_argument("--force", action="store_true", help="repeat finished runs")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser = Parser(__file__, __doc__, needs=("arviz", "matplotlib"))
+    add, names, schedules = parser.add_argument, [*GUIDES, *VARIANTS], ("cosine", "constant")
+    add("--posterior", nargs="+", choices=POSTERIORS, default=list(POSTERIORS), help="default: all")
+    add("--guide", nargs="+", choices=names, default=list(GUIDES), help=f"default: {', '.join(GUIDES)}")
+    add("--steps", type=positive, default=2000, help="steps (default: 2000)")
+    add("--schedule", choices=schedules, default="cosine", help="of the learning rate (default: cosine)")
+    add("--seed", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    add("--num-samples", type=positive, default=10_000, help="to judge a guide by (default: 10000)")
+    add("--no-equal-seconds", action="store_true", help="equal steps only")
+    add("--data-dir", type=Path, help="the folder with the folder posteriordb")
+    parser.add_kept("results/posteriors", ", those of a constant rate in a folder of their own")
     return parser
 
 
@@ -465,8 +334,7 @@ def _wake_up() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args = parser.begin(argv)
     try:
         posteriors = [load(name, args.data_dir) for name in args.posterior]
     except DataError as error:
@@ -478,19 +346,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for posterior in posteriors:
         # Each run once, though at equal seconds the first guide has the same again.
         one = cache(partial(run, posterior, num_samples=args.num_samples, folder=folder, force=args.force))
-        configs = {
-            g: [Config(posterior.name, g, args.steps, seed, args.schedule) for seed in args.seed] for g in args.guide
-        }
-        steps[posterior.name] = {g: [one(config) for config in own] for g, own in configs.items()}
-        pairs = {
-            g: zip(steps[posterior.name][args.guide[0]], own, strict=True) for g, own in steps[posterior.name].items()
+        runs = steps[posterior.name] = {
+            g: [one(Config(posterior.name, g, args.steps, seed, args.schedule)) for seed in args.seed]
+            for g in args.guide
         }
         if not args.no_equal_seconds:
+            pairs = {g: zip(runs[args.guide[0]], own, strict=True) for g, own in runs.items()}
             seconds[posterior.name] = {g: [one(equal_time(*pair)) for pair in own] for g, own in pairs.items()}
-        table = format_table(posterior, steps[posterior.name], seconds.get(posterior.name, {}))
-        print(table, end="\n\n", flush=True)
-        (folder / f"{posterior.name}.md").write_text(table + "\n")
-        draw(posterior, steps[posterior.name], folder)
+        lines = format_table(posterior, runs, seconds.get(posterior.name, {}))
+        print(lines, end="\n\n", flush=True)
+        write(folder / f"{posterior.name}.md", lines + "\n")
+        draw(posterior, runs, folder)
     for label, tables in (("steps", steps), ("seconds", seconds)):
         if tables:
             first = leaders(tables, args.guide[0], 0.0)

@@ -25,12 +25,10 @@ The process "fertility" needs statsmodels. Finished runs are kept and reused.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_hollow.experiments.arguments import not_negative_real, positive
+from pyro_hollow.experiments import harness
 from pyro_hollow.experiments.data import DataError
-from pyro_hollow.experiments.figures import pyplot
-from pyro_hollow.experiments.files import write
-from pyro_hollow.experiments.progress import Progress
 from pyro_hollow.experiments.sde_processes import PROCESSES, Process, divide, load
 from pyro_hollow.experiments.two_sample import energy_distance, energy_test, sliced_wasserstein
 from pyro_hollow.nn import HollowNN
@@ -73,28 +68,20 @@ class Config:
 
 @dataclass
 class Result:
-    """
-    Findings of a run.
+    """Findings of a run."""
 
-    :ivar config: its settings.
-    :ivar times: when the marginals are compared: all times but the first.
-    :ivar distances: by what is compared with held-out data ("equation", "density", "fresh"), for each time the energy
-        distance, the sliced Wasserstein distance and the p-value of the energy test.
-    :ivar drift_error: root mean square error of the drift relative to the drift's root mean square, over held-out data;
-        nan if unknown.
-    :ivar drift_error_inside: the same over the 95% of them where the learned density is the highest.
-    :ivar diffusion_error: as drift_error.
-    :ivar seconds: of training.
-    :ivar history: steps, negative log-likelihoods and residuals, means over a fiftieth of the steps each.
-    """
-
-    config: Config
-    times: list[float] = field(default_factory=list)
+    config: Config  #: its settings.
+    times: list[float] = field(default_factory=list)  #: when the marginals are compared: all times but the first.
+    #: by what is compared with held-out data ("equation", "density", "fresh"), for each time the energy distance, the
+    #: sliced Wasserstein distance and the p-value of the energy test.
     distances: dict[str, list[list[float]]] = field(default_factory=dict)
+    #: root mean square error of the drift relative to the drift's root mean square, over held-out data; nan if
+    #: unknown.
     drift_error: float = math.nan
-    drift_error_inside: float = math.nan
-    diffusion_error: float = math.nan
-    seconds: float = math.nan
+    drift_error_inside: float = math.nan  #: the same over the 95% of them where the learned density is the highest.
+    diffusion_error: float = math.nan  #: as drift_error.
+    seconds: float = math.nan  #: of training.
+    #: steps, negative log-likelihoods and residuals, means over a fiftieth of the steps each.
     history: list[list[float]] = field(default_factory=list)
 
 
@@ -116,10 +103,8 @@ class Scale:
 
 class GradientDrift(nn.Module):
     r"""
-    The drift :math:`-\nabla U` of a learned potential that does not depend on time, in standardised coordinates.
-
-    :param int dim: the dimension.
-    :param Tensor scale: of the coordinates; a gradient in x is none in z unless it is accounted for.
+    The drift :math:`-\nabla U` of a learned potential that does not depend on time, in coordinates that are
+    standardised by a scale: a gradient in x is none in z unless it is accounted for.
     """
 
     def __init__(self, dim: int, scale: Tensor) -> None:
@@ -137,14 +122,7 @@ class GradientDrift(nn.Module):
 
 
 def make_sde(process: Process, config: Config, dim: int, scale: Scale) -> DiagonalSDE:
-    """
-    The equation to learn, for standardised coordinates.
-
-    :param process: the process, whose diffusion is used where the method says so.
-    :param config: the method, and the smallest diffusion where it is free.
-    :param int dim: the dimension.
-    :param scale: the standardisation.
-    """
+    """The equation to learn, for standardised coordinates; the method decides what is known of the process."""
     if config.method == "matching":
         floor = config.noise / math.sqrt(process.times[-1] - process.times[0])
         return DiagonalSDE(HollowNN(dim), HollowNN(dim), min_diffusion=floor)
@@ -161,14 +139,8 @@ def fit_matching(
     process: Process, sde: DiagonalSDE, z: Tensor, config: Config, result: Result
 ) -> GaussianMixtureMarginals:
     """
-    Learns from marginals.
-
-    :param process: tells times and the number of components.
-    :param sde: the equation, which is trained.
-    :param Tensor z: standardised samples with shape ``(times, n, d)``.
-    :param config: the number of steps.
-    :param result: gets the history.
-    :returns: the density.
+    Learns an equation, and the density that is returned, from marginals: standardised samples z with shape
+    ``(times, n, d)``. The result gets the history.
     """
     dim = z.shape[-1]
     density = GaussianMixtureMarginals(dim, process.components, (process.times[0], process.times[-1]))
@@ -176,7 +148,7 @@ def fit_matching(
     times = torch.tensor(process.times).repeat_interleave(z.shape[1])
     losses: list[tuple[float, float]] = []
     every = max(1, config.steps // 50)
-    with Progress(total=config.steps, desc=_label(config)) as bar:
+    with harness.Progress(total=config.steps, desc=_label(config)) as bar:
 
         def progress(step: int, loss: Any) -> None:
             bar.update()
@@ -185,34 +157,26 @@ def fit_matching(
                 result.history.append([step, *np.mean(losses[-every:], axis=0).tolist()])
 
         matching = FokkerPlanckMatching(density, sde, weight=config.weight)
-        fit(
-            matching, times, z.flatten(0, 1), steps=config.steps, batch_size=BATCH_SIZE, lr=LEARNING_RATE,
-            progress=progress,
-        )  # fmt: skip
+        x = z.flatten(0, 1)
+        fit(matching, times, x, steps=config.steps, batch_size=BATCH_SIZE, lr=LEARNING_RATE, progress=progress)
     return density
 
 
 def fit_transitions(times: Tensor, sde: DiagonalSDE, z: Tensor, config: Config) -> None:
     """
-    Learns from paths, by maximum likelihood of Euler-Maruyama transitions.
-
-    :param Tensor times: of observation.
-    :param sde: the equation, which is trained.
-    :param Tensor z: standardised paths with shape ``(times, n, d)``.
-    :param config: the number of steps.
+    Learns an equation by maximum likelihood of Euler-Maruyama transitions between times of observation, from
+    standardised paths z with shape ``(times, n, d)``.
     """
-    optimizer = torch.optim.Adam(sde.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    for _ in Progress(range(config.steps), desc=_label(config)):
+
+    def loss() -> Tensor:
         k, path = torch.randint(len(times) - 1, (BATCH_SIZE,)), torch.randint(z.shape[1], (BATCH_SIZE,))
         h, start, bound = (times[k + 1] - times[k]).unsqueeze(-1), z[k, path], sde.bind()
         mean, scale = start + h * bound.drift(times[k], start), h.sqrt() * bound.diffusion(times[k], start)
-        loss = (0.5 * ((z[k + 1, path] - mean) / scale).square() + scale.log()).sum(-1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(sde.parameters(), 10.0, error_if_nonfinite=True)
-        optimizer.step()
-        schedule.step()
+        return (0.5 * ((z[k + 1, path] - mean) / scale).square() + scale.log()).sum(-1).mean()
+
+    steps = harness.minimise(loss, sde.parameters(), config.steps, LEARNING_RATE)
+    for _ in harness.Progress(steps, desc=_label(config), total=config.steps):
+        pass
 
 
 def _label(config: Config) -> str:
@@ -220,12 +184,7 @@ def _label(config: Config) -> str:
 
 
 def compare(samples: Tensor, test: Tensor) -> list[list[float]]:
-    """
-    Energy distance, sliced Wasserstein distance and p-value of the energy test, time by time.
-
-    :param Tensor samples: with shape ``(times, n, d)``.
-    :param Tensor test: likewise.
-    """
+    """The three distances of samples from held-out ones with the same shape ``(times, n, d)``, time by time."""
     pairs = list(zip(samples, test, strict=True))
     return [[energy_distance(x, y), sliced_wasserstein(x, y), energy_test(x, y)] for x, y in pairs]
 
@@ -251,25 +210,18 @@ def _judge_coefficients(
         result.drift_error_inside = float(errors[inside].norm() / drift[inside].norm())
 
 
-def _file(folder: Path, config: Config, suffix: str) -> Path:
-    """Path of a run's file."""
+def _file(folder: Path, config: Config) -> Path:
+    """The file that keeps a run, as JSON; one in ".npz" has the samples."""
     numbers = (config.weight, config.noise, config.steps, config.train, config.test, config.seed)
-    return folder / config.process / ("-".join(map(str, (config.method, *numbers))) + suffix)
+    return folder / config.process / ("-".join(map(str, (config.method, *numbers))) + ".json")
 
 
 def run(process: Process, config: Config, folder: Path, force: bool = False) -> Result:
-    """
-    One run, or what is left of an earlier one.
-
-    :param process: the process.
-    :param config: the settings.
-    :param folder: where results are kept.
-    :param bool force: run again.
-    """
-    path = _file(folder, config, ".json")
-    if path.exists() and not force:
-        saved = json.loads(path.read_text())
-        return Result(**{**saved, "config": Config(**saved["config"])})
+    """Learns and judges an equation, or reads an earlier run from the folder, unless ``force``."""
+    path = _file(folder, config)
+    found = harness.kept(path, Result, force)
+    if found is not None:
+        return found
     torch.manual_seed(config.seed)
     parts = PARTS if config.method == "transitions" and process.sde is not None else 1
     train, test = process.split(config.train, config.test, parts)
@@ -296,13 +248,10 @@ def run(process: Process, config: Config, folder: Path, force: bool = False) -> 
         drawn["fresh"] = fresh
     result.distances = {name: compare(samples[1:], test[1:]) for name, samples in drawn.items()}
     _judge_coefficients(process, sde, density, scale, test, result)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: samples.numpy() for name, samples in {**drawn, "data": test}.items()}
     if density is not None and dim == 2:
         arrays["grid"], arrays["values"] = _on_grid(density, scale, test, process.times)
-    np.savez_compressed(_file(folder, config, ".npz"), **arrays)  # type: ignore[arg-type]
-    write(path, json.dumps(asdict(result)))
-    return result
+    return harness.keep(path, result, arrays)
 
 
 @torch.no_grad()
@@ -322,109 +271,76 @@ Runs = dict[str, list[Result]]
 
 def _columns(runs: Runs) -> dict[str, list[list[list[float]]]]:
     """Columns of the table in their order, each with one list of rows (time by time) for each seed."""
-    columns: dict[str, list[list[list[float]]]] = {}
+    columns = {}
     for method, results in runs.items():
-        for kind in ("equation", "density", "fresh"):
-            rows = [r.distances[kind] for r in results if kind in r.distances]
-            name = {"equation": method, "density": f"density of {method}", "fresh": "fresh"}[kind]
-            if rows and (kind == "equation" or (kind == "density" and method == "matching")):
-                columns[name] = rows
+        columns[method] = [r.distances["equation"] for r in results]
+        if method == "matching":
+            columns["density of matching"] = [r.distances["density"] for r in results]
     fresh = [r.distances["fresh"] for r in next(iter(runs.values())) if "fresh" in r.distances]
     return columns | ({"fresh": fresh} if fresh else {})
 
 
 def format_times(process: Process, runs: Runs) -> str:
-    """
-    A table in Markdown of distances, one row for each time: energy / sliced Wasserstein, means over seeds.
-
-    :param process: the process.
-    :param runs: by method, a run for each seed.
-    """
-    columns = _columns(runs)
-    times = next(iter(runs.values()))[0].times
-    lines = [
-        f"{process.title}: energy / sliced Wasserstein distance to held-out data\n",
-        f"| {process.time_axis} | {' | '.join(columns)} |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for k, tick in enumerate(times):
-        means = [np.mean([rows[k][:2] for rows in seeds], axis=0) for seeds in columns.values()]
-        lines.append(f"| {tick:.3g} | " + " | ".join(f"{a:.3f} / {b:.3f}" for a, b in means) + " |")
-    return "\n".join(lines)
+    """A table in Markdown of energy / sliced Wasserstein distances, a row for each time: means over seeds."""
+    columns, rows = _columns(runs), []
+    for k, tick in enumerate(next(iter(runs.values()))[0].times):
+        means = [np.mean([found[k][:2] for found in seeds], axis=0) for seeds in columns.values()]
+        rows.append([f"{tick:.3g}", *(f"{a:.3f} / {b:.3f}" for a, b in means)])
+    title = f"{process.title}: energy / sliced Wasserstein distance to held-out data"
+    return "\n".join(harness.table(" | ".join([process.time_axis, *columns]), rows, title))
 
 
 def format_summary(tables: dict[str, Runs]) -> str:
-    """
-    A table in Markdown: how often the energy test at 5% rejects, of how many times and seeds, distances and errors.
-
-    :param tables: by the title of the process, its runs by method.
-    """
-    lines = [
-        "| process | learned by | rejected at 5% | at the last time | energy distance | sliced Wasserstein "
-        "| error of f | where p is high | error of g | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """A table in Markdown of rejections by the energy test, distances and errors, by title of the process."""
+    lines = []
     for title, runs in tables.items():
         for name, seeds in _columns(runs).items():
             rejections = [[row[2] <= 0.05 for row in rows] for rows in seeds]
             energy, sliced = np.mean([[row[:2] for row in rows] for rows in seeds], axis=(0, 1))
-            count, total = np.sum(rejections), np.size(rejections)
+            count = f"{np.sum(rejections)} of {np.size(rejections)}"
             last = f"{sum(row[-1] for row in rejections)} of {len(seeds)}"
-            errors = "- | - | - | -"
+            errors = ["-"] * 4
             if name in runs:
                 keys = ("drift_error", "drift_error_inside", "diffusion_error", "seconds")
                 *relative, seconds = (float(np.mean([getattr(r, key) for r in runs[name]])) for key in keys)
                 shown = ["-" if math.isnan(value) else f"{100 * value:.1f}%" for value in relative]
-                errors = " | ".join([*shown, f"{seconds:.0f}"])
-            lines.append(f"| {title} | {name} | {count} of {total} | {last} | {energy:.3f} | {sliced:.3f} | {errors} |")
-    return "\n".join(lines)
+                errors = [*shown, f"{seconds:.0f}"]
+            lines.append([title, name, count, last, f"{energy:.3f}", f"{sliced:.3f}", *errors])
+    header = (
+        "process | learned by | rejected at 5% | at the last time | energy distance | sliced Wasserstein | error of f "
+        "| where p is high | error of g | seconds"
+    )
+    return "\n".join(harness.table(header, lines))
 
 
 def draw(process: Process, results: Runs, folder: Path) -> None:
-    """
-    Draws held-out data, the learned density and the learned equation's samples side by side over time: PNG.
-
-    :param process: the process.
-    :param results: runs by method; the first seed of "matching" is drawn.
-    :param folder: where results are kept.
-    """
+    """Draws held-out data, learned density and samples of the learned equation over time, "matching" only: PNG."""
     if "matching" not in results:
         return
-    arrays = dict(np.load(_file(folder, results["matching"][0].config, ".npz")))
+    arrays = dict(np.load(_file(folder, results["matching"][0].config).with_suffix(".npz")))  # of the first seed
     shown = np.unique(np.linspace(0, len(process.times) - 1, min(5, len(process.times))).round().astype(int))
-    plt = pyplot()
-    if arrays["data"].shape[-1] == 1:
-        figure = _draw_line(plt, process, arrays, shown)
-    else:
-        figure = _draw_plane(plt, process, arrays, shown)
-    figure.suptitle(process.title)
-    figure.savefig(folder / f"{process.name}.png", dpi=110)
-    plt.close(figure)
+    line = arrays["data"].shape[-1] == 1
+    rows, size = (1, (2.6 * len(shown), 2.8)) if line else (3, (2.4 * len(shown), 7.0))
+    grid = {"sharex": True, "sharey": True, "squeeze": False}
+    with harness.figure(folder / f"{process.name}.png", rows, len(shown), size, **grid) as (whole, axes):
+        (_draw_line if line else _draw_plane)(axes, process, arrays, shown)
+        whole.suptitle(process.title)
 
 
-def _draw_line(plt: Any, process: Process, arrays: dict[str, np.ndarray], shown: np.ndarray) -> Any:
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(2.6 * len(shown), 2.8), sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
+def _draw_line(axes: Any, process: Process, arrays: dict[str, np.ndarray], shown: np.ndarray) -> None:
     edges = np.linspace(arrays["data"].min(), arrays["data"].max(), 25)
     for axis, k in zip(axes[0], shown, strict=True):
         axis.hist(arrays["data"][k, :, 0], edges, density=True, color="0.8", label="held-out data")
-        styles = {"density": ("C1", "--", "learned density"), "equation": ("C0", "-", "learned equation")}
-        for kind, (color, line, label) in styles.items():
-            axis.hist(
-                arrays[kind][k, :, 0], edges, density=True, histtype="step", color=color, linestyle=line, label=label
-            )
+        for kind, color, line in (("density", "C1", "--"), ("equation", "C0", "-")):
+            style = {"histtype": "step", "color": color, "linestyle": line}
+            axis.hist(arrays[kind][k, :, 0], edges, density=True, label=f"learned {kind}", **style)
         axis.set(title=f"{process.time_axis} = {process.times[k]:.3g}", xlabel=process.axis)
     axes[0, 0].set_ylabel("density")
     axes[0, 0].legend(fontsize=7)
-    return figure
 
 
-def _draw_plane(plt: Any, process: Process, arrays: dict[str, np.ndarray], shown: np.ndarray) -> Any:
+def _draw_plane(axes: Any, process: Process, arrays: dict[str, np.ndarray], shown: np.ndarray) -> None:
     """Draws two dimensions, of more the first two, whose density is shown by samples instead of values."""
-    figure, axes = plt.subplots(
-        3, len(shown), figsize=(2.4 * len(shown), 7), sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
     rows = {"data": "held-out data", "density": "learned density", "equation": "learned equation"}
     low, high = (np.quantile(arrays["data"][..., :2].reshape(-1, 2), q, axis=0) for q in (0.001, 0.999))
     for row, (kind, label) in zip(axes, rows.items(), strict=True):
@@ -438,53 +354,30 @@ def _draw_plane(plt: Any, process: Process, arrays: dict[str, np.ndarray], shown
     for top, bottom, k in zip(axes[0], axes[-1], shown, strict=True):
         top.set_title(f"{process.time_axis} = {process.times[k]:.3g}")
         bottom.set_xlabel(f"{process.axis}$_1$")
-    return figure
 
 
 def cost_table(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
     """
     Rows: the processor time of a training step (matching at the data, forward + backward), and of the same by automatic
     differentiation of all three functions, over one evaluation of f, g and log p without derivatives.
-
-    :param dims: dimensions.
-    :param int batch: samples.
-    :param int repeats: repetitions.
     """
-    lines = [
-        "| d | f, g and log p, ms | a training step | the same by plain autograd |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for d in dims:
         density = GaussianMixtureMarginals(d, 4, (0.0, 1.0), covariance="diagonal")
         matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(d), HollowNN(d)), where="data")
         candidates = cost_candidates(matching, torch.rand(batch), torch.randn(batch, d))
         if d > PLAIN_LIMIT:
             del candidates["plain"]
-        times = _cpu_seconds(candidates, repeats, f"cost, d = {d}")
+        times = harness.interleaved(candidates, repeats, f"cost, d = {d}", time.process_time)
         plain = f"{times['plain'] / times['once']:.0f}" if "plain" in times else "-"
-        lines.append(f"| {d} | {times['once'] * 1e3:.2f} | {times['step'] / times['once']:.1f} | {plain} |")
-    return lines
-
-
-def _cpu_seconds(candidates: dict[str, Callable[[], None]], repeats: int, label: str) -> dict[str, float]:
-    """The median processor time of each candidate, taking turns: other processes hardly matter."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in Progress(range(repeats + 1), desc=label):
-        for name, function in candidates.items():
-            begin = time.process_time()
-            function()
-            if turn:
-                times[name].append(time.process_time() - begin)
-    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+        rows.append([d, f"{times['once'] * 1e3:.2f}", f"{times['step'] / times['once']:.1f}", plain])
+    return harness.table("d | f, g and log p, ms | a training step | the same by plain autograd", rows)
 
 
 def cost_candidates(matching: FokkerPlanckMatching, t: Tensor, x: Tensor) -> dict[str, Callable[[], None]]:
     """
-    Candidates to time: one evaluation, and a step the cheap and the plain way. Both steps leave the same gradients.
-
-    :param matching: the objective, at the data alone.
-    :param Tensor t: times with shape ``(n,)``.
-    :param Tensor x: samples with shape ``(n, d)``.
+    Candidates to time, matching at the data alone: one evaluation, and a step the cheap and the plain way. Both steps
+    leave the same gradients.
     """
     density, sde = matching.density, matching.sde
 
@@ -511,51 +404,42 @@ def cost_candidates(matching: FokkerPlanckMatching, t: Tensor, x: Tensor) -> dic
     return {"once": once, "step": step, "plain": plain}
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> harness.Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m pyro_hollow.experiments.sde", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--process", nargs="*", choices=PROCESSES, default=list(PROCESSES), help="default: all")
-    parser.add_argument(
-        "--method", nargs="+", choices=METHODS, default=["matching", "transitions"],
-        help="default: matching transitions",
-    )  # fmt: skip
-    parser.add_argument("--steps", type=positive, default=4000, help="steps (default: 4000)")
-    parser.add_argument("--weight", type=not_negative_real, default=WEIGHT, help=f"of the residual (default: {WEIGHT})")
-    parser.add_argument(
-        "--noise", type=not_negative_real, default=0.5,
-        help="smallest diffusion, in standard deviations over the root of the time span (default: 0.5)",
-    )  # fmt: skip
-    parser.add_argument("--seed", nargs="+", type=int, default=list(range(10)), help="seeds (default: 0 to 9)")
-    parser.add_argument("--train", type=positive, default=10_000, help="paths to learn from (default: 10000)")
-    parser.add_argument("--test", type=positive, default=500, help="paths held out (default: 500)")
-    parser.add_argument("--cost", nargs="*", type=int, metavar="D", help="time a step in these dimensions, too")
-    parser.add_argument("--batch-size", type=positive, default=64, help="samples when the cost is timed (default: 64)")
-    parser.add_argument("--repeats", type=positive, default=7, help="repetitions when it is timed (default: 7)")
-    parser.add_argument("--output", type=Path, default=Path("results/sde"), help="where results are kept")
-    parser.add_argument("--force", action="store_true", help="repeat finished runs")
-    parser.add_argument("--threads", type=positive, default=1, help="threads of torch (default: 1)")
+    parser = harness.Parser(__file__, __doc__, needs=("matplotlib",))
+    add, methods = parser.add_argument, ["matching", "transitions"]
+    noise = "smallest diffusion, in standard deviations over the root of the time span (default: 0.5)"
+    add("--process", nargs="*", choices=PROCESSES, default=list(PROCESSES), help="default: all")
+    add("--method", nargs="+", choices=METHODS, default=methods, help=f"default: {' '.join(methods)}")
+    add("--steps", type=harness.positive, default=4000, help="steps (default: 4000)")
+    add("--weight", type=harness.not_negative_real, default=WEIGHT, help=f"of the residual (default: {WEIGHT})")
+    add("--noise", type=harness.not_negative_real, default=0.5, help=noise)
+    add("--seed", nargs="+", type=int, default=list(range(10)), help="seeds (default: 0 to 9)")
+    add("--train", type=harness.positive, default=10_000, help="paths to learn from (default: 10000)")
+    add("--test", type=harness.positive, default=500, help="paths held out (default: 500)")
+    add("--cost", nargs="*", type=int, metavar="D", help="time a step in these dimensions, too")
+    add("--batch-size", type=harness.positive, default=64, help="samples when the cost is timed (default: 64)")
+    add("--repeats", type=harness.positive, default=7, help="repetitions when it is timed (default: 7)")
+    parser.add_kept("results/sde")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args = parser.begin(argv)
     torch.set_flush_denormal(True)  # responsibilities of far components
     tables: dict[str, Runs] = {}
+    settings = args.train, args.test, args.weight, args.noise
     try:
         for process in [load(name) for name in args.process]:  # all of them, before anything takes time
-            configs = {
+            runs = {
                 method: [
-                    Config(process.name, method, args.steps, seed, args.train, args.test, args.weight, args.noise)
+                    run(process, Config(process.name, method, args.steps, seed, *settings), args.output, args.force)
                     for seed in args.seed
                 ]
                 for method in args.method
             }
-            runs = {m: [run(process, config, args.output, args.force) for config in own] for m, own in configs.items()}
             tables[process.title] = runs
             print(format_times(process, runs), end="\n\n", flush=True)
             draw(process, runs, args.output)

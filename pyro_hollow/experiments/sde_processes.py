@@ -16,41 +16,26 @@ from torch import Tensor
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.sde import DiagonalSDE
 
-__all__ = ["PROCESSES", "Process", "divide", "load"]
-
 
 @dataclass(frozen=True)
 class Process:
-    """
-    Paths observed at several times.
+    """Paths observed at several times."""
 
-    :ivar name: for the command line.
-    :ivar title: for people.
-    :ivar times: when the paths are observed.
-    :ivar paths: maps a number n to n independent paths, with shape ``(len(times), n, d)``; of those that are simulated,
-        a second number asks for a finer grid, see :func:`divide`. Of a data set, n is ignored.
-    :ivar components: how many Gaussians the density gets.
-    :ivar sde: the truth, where it is known.
-    :ivar axis: what x is, for figures.
-    :ivar time_axis: what t is, with its unit.
-    """
-
-    name: str
-    title: str
-    times: tuple[float, ...]
+    name: str  #: for the command line.
+    title: str  #: for people.
+    times: tuple[float, ...]  #: when the paths are observed.
+    #: maps a number n to n independent paths, with shape ``(len(times), n, d)``; of those that are simulated, a second
+    #: number asks for a finer grid, see :func:`divide`. Of a data set, n is ignored.
     paths: Callable[..., Tensor]
-    components: int
-    sde: DiagonalSDE | None = None
-    axis: str = "x"
-    time_axis: str = "t"
+    components: int  #: how many Gaussians the density gets.
+    sde: DiagonalSDE | None = None  #: the truth, where it is known.
+    axis: str = "x"  #: what x is, for figures.
+    time_axis: str = "t"  #: what t is, with its unit.
 
     def split(self, train: int, test: int, parts: int = 1) -> tuple[Tensor, Tensor]:
         """
-        Paths to learn from, and paths held out; half of the paths each for a data set.
-
-        :param int train: the number of paths to learn from.
-        :param int test: the number of paths held out.
-        :param int parts: observe the paths to learn from as often between neighbouring times; not for a data set.
+        Paths to learn from, on a grid of times that is so many times as fine, and paths held out; half of a data set
+        each, on its own grid.
         """
         if self.sde is not None:
             return self.paths(train, parts), self.paths(test)
@@ -76,12 +61,7 @@ def _simulated(
 
 
 def divide(times: Sequence[float], parts: int) -> list[float]:
-    """
-    Times with the intervals between them cut in equal parts.
-
-    :param times: that increase.
-    :param int parts: how many for each interval.
-    """
+    """Increasing times with the intervals between them cut in equal parts."""
     index = np.arange(len(times))
     return np.interp(np.arange((len(times) - 1) * parts + 1) / parts, index, times).tolist()
 
@@ -158,8 +138,8 @@ def _fertility() -> Process:
         data = import_module("statsmodels.datasets.fertility")
     except ImportError as error:
         raise DataError(
-            "the data set fertility comes with statsmodels, which is not installed: pip install "
-            "statsmodels, or leave fertility out of --process"
+            "the data set fertility comes with statsmodels, which is not installed: pip install statsmodels or "
+            'pip install "pyro_hollow[sde]", or leave fertility out of --process'
         ) from error
     table = data.load_pandas().data
     table = table[~table["Country Name"].isin(_AGGREGATES)]
@@ -186,10 +166,5 @@ PROCESSES: dict[str, Callable[[], Process]] = {
 
 
 def load(name: str) -> Process:
-    """
-    A process by name.
-
-    :param str name: one of PROCESSES.
-    :raises DataError: if its data are not installed.
-    """
+    """A process by its name in PROCESSES; a DataError if its data are not installed."""
     return PROCESSES[name]()

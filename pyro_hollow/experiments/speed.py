@@ -22,7 +22,6 @@ import math
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,7 +36,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoIAFNormal, AutoMultivariateNormal, AutoNormalizingFlow
 from torch import Tensor, nn
 
-from pyro_hollow.experiments.progress import Progress
+from pyro_hollow.experiments.harness import Parser, Progress, interleaved, positive, table
 from pyro_hollow.infer import AutoHollowCNF
 from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver
@@ -135,26 +134,6 @@ class Opaque(nn.Module):
         return self.net(t, x)
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, float]:
-    """
-    The median time of each candidate in seconds, taking turns.
-
-    :param candidates: functions by name.
-    :param int repeats: the number of turns, after one that does not count.
-    :param str label: what to show beside the progress bar.
-    """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in Progress(range(repeats + 1), desc=label):
-        for name, function in candidates.items():
-            begin = time.perf_counter()
-            function()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - begin)
-    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-
-
 def _forward(bind: Callable[[], Evaluate], x: Tensor) -> Callable[[], None]:
     t = x.new_tensor(0.3)
 
@@ -184,7 +163,7 @@ def _forward_backward(bind: Callable[[], Evaluate], x: Tensor, evaluations: int)
 
 def divergence_over_field(dims: Sequence[int], batch: int, repeats: int, device: str = "cpu") -> list[str]:
     """Rows: the price of the divergence relative to the field alone."""
-    lines = ["| conditioner | d | parameters | forward | forward + backward |", "|---|---|---|---|---|"]
+    rows = []
     for name in CONDITIONERS:
         for d in dims:
             net = HollowNN(d, conditioner=name).to(device)
@@ -194,18 +173,14 @@ def divergence_over_field(dims: Sequence[int], batch: int, repeats: int, device:
             label = f"{name}, d = {d}"
             forward = interleaved({k: _forward(bind, x) for k, bind in binds.items()}, turns, label)
             both = interleaved({k: _forward_backward(b, x, EVALUATIONS) for k, b in binds.items()}, turns, label)
-            ratios = [times["divergence"] / times["field"] for times in (forward, both)]
-            lines.append(f"| {name} | {d} | {_count(net):,} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
-    return lines
+            ratios = [f"{times['divergence'] / times['field']:.2f}" for times in (forward, both)]
+            rows.append([name, d, f"{_count(net):,}", *ratios])
+    return table("conditioner | d | parameters | forward | forward + backward", rows)
 
 
 def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int, device: str = "cpu") -> list[str]:
     """Rows: how many times longer the peers take, forward + backward."""
-    lines = [
-        "| d | parameters | hollow (ms per evaluation) | autograd through the transformer | the same, forward only | "
-        "one Hutchinson probe | exact trace in closed form | exact trace by backward passes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for d in dims:
         net = HollowNN(d).to(device)
         peer = free_form_peer(d, _count(net)).to(device)
@@ -219,24 +194,21 @@ def peers_over_hollow(dims: Sequence[int], batch: int, repeats: int, device: str
         label = f"peers, d = {d}"
         times = interleaved({k: _forward_backward(b, x, EVALUATIONS) for k, b in binds.items()}, repeats, label)
         forward = interleaved({k: _forward(binds[k], x) for k in ("hollow", "source")}, repeats, label)
-        ratios = [
-            times["source"] / times["hollow"],
-            forward["source"] / forward["hollow"],
-            times["hutchinson"] / times["hollow"],
-            times["exact"] / times["hollow"],
-        ]
-        cells = [f"{ratio:.2f}" for ratio in ratios]
+        pairs = ((times, "source"), (forward, "source"), (times, "hutchinson"), (times, "exact"))
+        ratios = [f"{measured[name] / measured['hollow']:.2f}" for measured, name in pairs]
         # Backward passes take seconds and gigabytes: one evaluation against one.
         passes = "-"
         if d <= 64:
             pair = {"hollow": hollow_divergence(net), "passes": free_form_divergence(Opaque(peer), "exact")}
             alone = interleaved({k: _forward_backward(b, x, 1) for k, b in pair.items()}, max(3, repeats // 8), label)
             passes = f"{alone['passes'] / alone['hollow']:.0f}"
-        milliseconds = times["hollow"] / EVALUATIONS * 1e3
-        lines.append(
-            f"| {d} | {_count(net):,} / {_count(peer):,} | {milliseconds:.2f} | {' | '.join(cells)} | {passes} |"
-        )
-    return lines
+        milliseconds = f"{times['hollow'] / EVALUATIONS * 1e3:.2f}"
+        rows.append([d, f"{_count(net):,} / {_count(peer):,}", milliseconds, *ratios, passes])
+    header = (
+        "d | parameters | hollow (ms per evaluation) | autograd through the transformer | the same, forward only | "
+        "one Hutchinson probe | exact trace in closed form | exact trace by backward passes"
+    )
+    return table(header, rows)
 
 
 SOLVERS = {
@@ -360,7 +332,7 @@ def memory_table(
     d: int, batch: int, threads: int, cases: Sequence[str] = MEMORY_CASES, device: str = "cpu"
 ) -> list[str]:
     """Rows: peak memory of a training step, each measured in a process of its own."""
-    lines = ["| divergence | backpropagation (MiB) | adjoint (MiB) |", "|---|---|---|"]
+    rows = []
     for case in Progress(cases, desc="memory"):
         cells = []
         for adjoint in (False, True):
@@ -371,8 +343,8 @@ def memory_table(
             )
             output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
             cells.append(f"{float(output):.0f}")
-        lines.append(f"| {case} | {cells[0]} | {cells[1]} |")
-    return lines
+        rows.append([case, *cells])
+    return table("divergence | backpropagation (MiB) | adjoint (MiB)", rows)
 
 
 def svi_guides(device: str = "cpu") -> dict[str, Callable[[Any], AutoGuide]]:
@@ -396,7 +368,6 @@ def svi_guides(device: str = "cpu") -> dict[str, Callable[[Any], AutoGuide]]:
 
 def svi_steps(dims: Sequence[int], repeats: int, device: str = "cpu") -> list[str]:
     """Rows: the time of an SVI step with 32 vectorised particles relative to that with AutoIAFNormal."""
-    lines = ["| guide | " + " | ".join(f"d = {d}" for d in dims) + " |", "|---|" + "---|" * len(dims)]
     columns: list[dict[str, str]] = []
     for d in dims:
 
@@ -419,7 +390,8 @@ def svi_steps(dims: Sequence[int], repeats: int, device: str = "cpu") -> list[st
         times = interleaved(steps, repeats, f"SVI, d = {d}")
         ratios = {name: seconds / times["AutoIAFNormal"] for name, seconds in times.items()}
         columns.append({name: f"{ratio:.2f} ({times[name] * 1e3:.1f} ms)" for name, ratio in ratios.items()})
-    return lines + [f"| {name} | " + " | ".join(column[name] for column in columns) + " |" for name in columns[0]]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return table(" | ".join(["guide", *(f"d = {d}" for d in dims)]), rows)
 
 
 #: What is measured: name to a title and the rows, by the command line.
@@ -449,23 +421,16 @@ TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], list[str]]]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        "python -m pyro_hollow.experiments.speed", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument(
-        "--table", nargs="+", choices=tuple(TABLES), default=list(TABLES), help="what to measure (default: all)"
-    )
-    parser.add_argument(
-        "--dims", nargs="+", type=int, default=[16, 64, 256, 1024], help="dimensions d of the first two tables"
-    )
-    parser.add_argument("--batch-size", type=int, default=256, help="samples a batch (default: 256)")
-    parser.add_argument("--repeats", type=int, default=15, help="repetitions (default: 15)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
-    args = parser.parse_args(argv)
+    parser = Parser(__file__, __doc__, threads=2)
+    add = parser.add_argument
+    add("--table", nargs="+", choices=tuple(TABLES), default=list(TABLES), help="what to measure (default: all)")
+    add("--dims", nargs="+", type=positive, default=[16, 64, 256, 1024], help="dimensions d of the first two tables")
+    add("--batch-size", type=positive, default=256, help="samples a batch (default: 256)")
+    add("--repeats", type=positive, default=15, help="repetitions (default: 15)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    args = parser.begin(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU that it can use")
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     print(f"torch {torch.__version__}, {device}, float32, batch {args.batch_size}")

@@ -13,33 +13,23 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pyro_hollow.experiments.harness import minimise
 from pyro_hollow.nn import ConditionalHollowNN, HollowNN
-
-__all__ = ["PROBLEMS", "Problem", "follow_stiff_field", "linear", "load"]
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """
-    An initial value problem in double precision; a field for :class:`~pyro_hollow.ode.Solver`.
+    """An initial value problem in double precision; a field for :class:`~pyro_hollow.ode.Solver`."""
 
-    :ivar title: what it is.
-    :ivar function: maps time and a state with shape ``(*, d)`` to the derivative.
-    :ivar diagonal: maps them to the diagonal of the Jacobian.
-    :ivar x: the initial state at time 0, with shape ``(1, d)``.
-    :ivar time: the end time.
-    :ivar scale: the size of states that matter: the absolute tolerance over the relative one.
-    :ivar both: maps time and state to derivative and diagonal at once, where that is cheaper.
-    """
-
-    title: str
-    function: Function
-    diagonal: Function
-    x: Tensor
-    time: float
-    scale: float = 1.0
+    title: str  #: what it is.
+    function: Function  #: maps time and a state with shape ``(*, d)`` to the derivative.
+    diagonal: Function  #: maps them to the diagonal of the Jacobian.
+    x: Tensor  #: the initial state at time 0, with shape ``(1, d)``.
+    time: float  #: the end time.
+    scale: float = 1.0  #: the size of states that matter: the absolute tolerance over the relative one.
+    #: maps time and state to derivative and diagonal at once, where that is cheaper.
     both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
@@ -179,16 +169,12 @@ def follow_stiff_field(net: ConditionalHollowNN, steps: int) -> Iterator[float]:
     """
     d = net.input_dim
     rates = torch.logspace(0, 3, d, dtype=torch.float64)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         x, t = 1.5 * torch.randn(128, d, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        error = ((net(t, x) + rates * (x - torch.sin(x.roll(-1, -1)))) / rates).square().mean()
-        yield float(error.detach().sqrt())
-        optimizer.zero_grad()
-        error.backward()
-        optimizer.step()
-        schedule.step()
+        return ((net(t, x) + rates * (x - torch.sin(x.roll(-1, -1)))) / rates).square().mean()
+
+    return (float(error.sqrt()) for error in minimise(loss, net.parameters(), steps, 1e-1, max_norm=math.inf))
 
 
 def hollow_network(d: int = 8, steps: int = 400) -> Problem:
@@ -227,7 +213,5 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 
 
 def load(name: str) -> Problem:
-    """
-    :param str name: of a problem.
-    """
+    """A problem by name."""
     return PROBLEMS[name]()

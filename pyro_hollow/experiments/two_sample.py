@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["energy_distance", "energy_test", "sliced_wasserstein"]
-
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
     r"""

@@ -20,27 +20,22 @@ first. Options of Lightning's Trainer (``--devices 2 --strategy ddp``) train one
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from pyro_hollow.experiments.arguments import not_negative, positive, positive_real
+from pyro_hollow.experiments import harness
 from pyro_hollow.experiments.data import BINARIZATIONS, DATASETS, DataError, Images, load_images
-from pyro_hollow.experiments.figures import pyplot
-from pyro_hollow.experiments.files import write
-from pyro_hollow.experiments.progress import duration
+from pyro_hollow.experiments.harness import not_negative, positive, positive_real
 from pyro_hollow.experiments.vae_models import CONTINUOUS, FLOWS, NETWORKS, PATH_GRADIENT, VAE
 from pyro_hollow.experiments.vae_training import (
     Config,
@@ -66,20 +61,14 @@ COLOURS = dict(
 
 @dataclass
 class Result:
-    """
-    Measurements of a run.
+    """Measurements of a run."""
 
-    :ivar config: its settings.
-    :ivar parameters: the number of parameters.
-    :ivar history: a row an epoch: epoch, loss, validation (-ELBO), kl_weight, seconds (of training, in all), nfe and
-        nfe_backward (evaluations per solve, the mean).
-    :ivar estimate: the test, None before it.
-    """
-
-    config: Config
-    parameters: int
+    config: Config  #: its settings.
+    parameters: int  #: the number of parameters.
+    #: a row an epoch: epoch, loss, validation (-ELBO), kl_weight, seconds (of training, in all), nfe and nfe_backward
+    #: (evaluations per solve, the mean).
     history: list[dict[str, float]]
-    estimate: Estimate | None = None
+    estimate: Estimate | None = None  #: the test, None before it.
 
     @property
     def seconds(self) -> float:
@@ -100,7 +89,7 @@ def train(
     :param bool force: to begin anew what is there.
     :param settings: of the test that follows, for :func:`~pyro_hollow.experiments.vae_training.estimate`.
     :param options: for :class:`lightning.Trainer`.
-    :returns: the runs that failed, with what was said of it.
+    :returns: the runs that failed, with the errors' first lines.
     :raises DataError: if a folder holds a run with other settings.
     """
     # Looked up before the first one starts, as with several processes all of them have to do the same.
@@ -116,7 +105,7 @@ def train(
             late = time.perf_counter() - begin - sum(training for training, _ in expected[:i])
             left += max(0.0, late) / i * (len(pending) - i)
         label = f"{config.flow}, seed {config.seed} (run {i + 1} of {len(pending)})"
-        print(f"{label}: {folder}; about {duration(left)} left for training and test of all", file=sys.stderr)
+        print(f"{label}: {folder}; about {harness.duration(left)} left for training and test of all", file=sys.stderr)
         try:
             task = fit(config, images, folder, **options)
         except (SolverError, ValueError) as error:  # a ValueError is Pyro's, of parameters that are not finite
@@ -126,7 +115,7 @@ def train(
             parameters = sum(p.numel() for p in task.vae.parameters())
             software = {name: version(name) for name in ("pyro_hollow", "torch")}
             content = {**asdict(Result(config, parameters, task.history)), "software": software}
-            write(folder / "training.json", json.dumps(content, indent=1))
+            harness.write(folder / "training.json", json.dumps(content, indent=1))
     return failures
 
 
@@ -149,7 +138,7 @@ def _prepare(config: Config, folder: Path, force: bool) -> bool:
         for name in ("last.ckpt", "best.ckpt", "training.json", "estimate.json"):
             (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write(kept, json.dumps(asdict(config), indent=1))
+        harness.write(kept, json.dumps(asdict(config), indent=1))
     _check(config, folder)
     return (folder / "training.json").exists()
 
@@ -166,14 +155,7 @@ def _check(config: Config, folder: Path) -> None:
 
 
 def load(config: Config, output: Path, images: Images) -> VAE:
-    """
-    The model of the best epoch.
-
-    :param Config config: the settings.
-    :param ~pathlib.Path output: the folder of all runs.
-    :param Images images: the data.
-    :raises DataError: if the run has other settings.
-    """
+    """Loads the model of a run's best epoch; raises a DataError if the folder's run has other settings."""
     folder = _folder(output, config)
     _check(config, folder)
     vae = make_vae(config, images.train.shape[1])
@@ -184,13 +166,8 @@ def load(config: Config, output: Path, images: Images) -> VAE:
 
 def evaluate(config: Config, output: Path, images: Images, device: torch.device, **settings: Any) -> Result:
     """
-    Tests the best epoch of a run, unless it has been, and draws its figures.
-
-    :param Config config: the settings of the run.
-    :param ~pathlib.Path output: the folder of all runs.
-    :param Images images: the data.
-    :param ~torch.device device: where to compute.
-    :param settings: for :func:`~pyro_hollow.experiments.vae_training.estimate`.
+    Tests the best epoch of a run and draws its figures, or reads an earlier test with the same settings. They are those
+    of :func:`~pyro_hollow.experiments.vae_training.estimate`.
     """
     folder = _folder(output, config)
     training = json.loads((folder / "training.json").read_text())
@@ -202,65 +179,50 @@ def evaluate(config: Config, output: Path, images: Images, device: torch.device,
     vae = load(config, output, images).to(device)
     result.estimate = estimate(vae, images.test.to(device), **settings)
     draw_images(vae, images, folder, device)
-    write(kept, json.dumps({"settings": settings, "estimate": asdict(result.estimate)}, indent=1))
+    harness.write(kept, json.dumps({"settings": settings, "estimate": asdict(result.estimate)}, indent=1))
     return result
 
 
 def format_table(results: Sequence[Result]) -> str:
     """A Markdown table with a row per posterior, mean and standard deviation over seeds."""
-    lines = [
-        "| posterior | -ELBO | NLL | seeds | epochs | seconds an epoch | evaluations per solve, training / test | "
-        "parameters |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines, mean = [], partial(harness.spread, deviation=False)
     for flow in dict.fromkeys(result.config.flow for result in results):
         rows = [result for result in results if result.config.flow == flow]
         tests = [result.estimate for result in rows if result.estimate is not None]
         nfe = [sum(r["nfe"] for r in result.history) / len(result.history) for result in rows]
-        evaluations = f"{_mean(nfe, 0)} / {_mean([t.nfe for t in tests], 0)}" if any(nfe) else "-"
+        evaluations = f"{mean(nfe, 0)} / {mean([t.nfe for t in tests], 0)}" if any(nfe) else "-"
         epochs = sorted({len(result.history) for result in rows})
-        lines.append(
-            f"| {flow} | {_spread([t.elbo for t in tests])} | {_spread([t.nll for t in tests])} | {len(rows)} | "
-            f"{epochs[0]}{f' to {epochs[-1]}' if epochs[1:] else ''} | {_mean([r.seconds for r in rows], 1)} | "
-            f"{evaluations} | {rows[0].parameters:,} |"
-        )
-    return "\n".join(lines)
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    mean = sum(values) / len(values)
-    return "-" if math.isnan(mean) else f"{mean:.{digits}f}"
-
-
-def _spread(values: Sequence[float]) -> str:
-    if len(values) == 1 or any(map(math.isnan, values)):
-        return _mean(values, 2)
-    return f"{_mean(values, 2)} ± {torch.tensor(values, dtype=torch.float64).std():.2f}"
+        trained = f"{epochs[0]} to {epochs[-1]}" if epochs[1:] else epochs[0]
+        bounds = harness.spread([t.elbo for t in tests], 2), harness.spread([t.nll for t in tests], 2)
+        seconds = mean([r.seconds for r in rows], 1)
+        lines.append([flow, *bounds, len(rows), trained, seconds, evaluations, f"{rows[0].parameters:,}"])
+    header = (
+        "posterior | -ELBO | NLL | seeds | epochs | seconds an epoch | evaluations per solve, training / test | "
+        "parameters"
+    )
+    return "\n".join(harness.table(header, lines))
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
     """Writes a row per run."""
+    last = ("loss", "validation", "nfe", "nfe_backward")
     rows = [
         {
             **asdict(result.config),
             "parameters": result.parameters,
             "trained_epochs": len(result.history),
             "seconds_an_epoch": result.seconds,
-            **{f"training_{name}": result.history[-1][name] for name in ("loss", "validation", "nfe", "nfe_backward")},
+            **{f"training_{name}": result.history[-1][name] for name in last},
             **(asdict(result.estimate) if result.estimate is not None else {}),
         }
         for result in results
     ]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    harness.write_csv(path, rows)
 
 
 @torch.no_grad()
 def draw_images(vae: VAE, images: Images, folder: Path, device: torch.device) -> None:
     """Writes reconstructions.png (above the original, below its reconstruction) and samples.png to a folder."""
-    plt = pyplot()
     choice = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(0))[:16]
     x = images.test[choice].to(device)
     pairs = torch.stack([x, vae.decode(vae.posterior(x).rsample())])
@@ -270,12 +232,11 @@ def draw_images(vae: VAE, images: Images, folder: Path, device: torch.device) ->
         height, width = images.shape
         tiles = nn.functional.pad(grid.view(*grid.shape[:2], height, width), (1, 1, 1, 1), value=0.5)
         picture = tiles.permute(0, 2, 1, 3).reshape(grid.shape[0] * (height + 2), -1).cpu().numpy()
-        fig, ax = plt.subplots(figsize=(9, 9 * picture.shape[0] / picture.shape[1] + 0.4), layout="constrained")
-        ax.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
-        ax.set_title(title)
-        ax.set_axis_off()
-        fig.savefig(folder / f"{name}.png", dpi=120)
-        plt.close(fig)
+        size = 9, 9 * picture.shape[0] / picture.shape[1] + 0.4
+        with harness.figure(folder / f"{name}.png", 1, 1, size, dpi=120) as (_, ax):
+            ax.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
+            ax.set_title(title)
+            ax.set_axis_off()
 
 
 def draw_training(results: Sequence[Result], path: Path) -> None:
@@ -283,44 +244,39 @@ def draw_training(results: Sequence[Result], path: Path) -> None:
     Draws the validation -ELBO against epochs and against seconds, and, of continuous flows, the evaluations per solve
     against epochs; one line a run.
     """
-    plt = pyplot()
     panels = [("epoch", "validation", "epoch"), ("seconds", "validation", "training time (s)")]
     if any(row["nfe"] for result in results for row in result.history):
         panels.append(("epoch", "nfe", "epoch"))
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 3.8), layout="constrained")
-    for ax, (x, y, label) in zip(axes, panels, strict=True):
-        for result in results:
-            name, rows = result.config.flow, result.history
-            if y == "nfe" and not any(row["nfe"] for row in rows):
-                continue
-            known = name in ax.get_legend_handles_labels()[1]
-            line = {"color": COLOURS[name.removesuffix("-path")], "ls": "--" if name in PATH_GRADIENT else "-"}
-            ax.plot([r[x] for r in rows], [r[y] for r in rows], **line, label=None if known else name)
-        ax.set_xlabel(label)
-        ax.set_ylabel("evaluations per solve" if y == "nfe" else "validation -ELBO (nats per image)")
-        ax.grid(alpha=0.3)
-    # The first epochs would squeeze the differences together.
-    settled = [row["validation"] for result in results for row in result.history[len(result.history) // 4 :]]
-    low, high = min(settled), max(settled)
-    for ax in axes[:2]:
-        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6)
-    axes[0].legend(title="posterior", fontsize="small")
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    with harness.figure(path, 1, len(panels), (4.3 * len(panels), 3.8), dpi=120) as (_, axes):
+        for ax, (x, y, label) in zip(axes, panels, strict=True):
+            for result in results:
+                name, rows = result.config.flow, result.history
+                if y == "nfe" and not any(row["nfe"] for row in rows):
+                    continue
+                known = name in ax.get_legend_handles_labels()[1]
+                line = {"color": COLOURS[name.removesuffix("-path")], "ls": "--" if name in PATH_GRADIENT else "-"}
+                ax.plot([r[x] for r in rows], [r[y] for r in rows], **line, label=None if known else name)
+            ax.set_xlabel(label)
+            ax.set_ylabel("evaluations per solve" if y == "nfe" else "validation -ELBO (nats per image)")
+            ax.grid(alpha=0.3)
+        # The first epochs would squeeze the differences together.
+        settled = [row["validation"] for result in results for row in result.history[len(result.history) // 4 :]]
+        low, high = min(settled), max(settled)
+        for ax in axes[:2]:
+            ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6)
+        axes[0].legend(title="posterior", fontsize="small")
 
 
 def gradients(configs: Sequence[Config], output: Path, images: Images, device: torch.device) -> str:
     """A Markdown table of the variance of gradients before and after the training, with a row per run."""
     x = images.test[torch.randperm(len(images.test), generator=torch.Generator().manual_seed(0))[:128]].to(device)
-    lines = [
-        "| posterior | seed | before training: new samples | same sample | after it: new samples | same sample |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for config in configs:
         models = [make_vae(config, x.shape[1]), load(config, output, images)]
         variances = [f"{value:.3g}" for vae in models for value in gradient_variance(vae.to(device), x)]
-        lines.append(f"| {config.flow} | {config.seed} | {' | '.join(variances)} |")
-    return "\n".join(lines)
+        rows.append([config.flow, config.seed, *variances])
+    header = "posterior | seed | before training: new samples | same sample | after it: new samples | same sample"
+    return "\n".join(harness.table(header, rows))
 
 
 #: What a data set's size asks for, where nothing else is said.
@@ -331,50 +287,32 @@ _DEFAULTS = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> harness.Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pyro_hollow.experiments.vae",
-        description=__doc__.partition("\n\n    python")[0].strip(),
-    )
-    add = parser.add_argument
+    parser = harness.Parser(__file__, __doc__, paragraphs=2, needs=("matplotlib", "tensorboard", "yaml"), threads=None)
+    add, flows, schedules = parser.add_argument, tuple(FLOWS), ("cosine", "constant")
+    tolerance = "rtol and atol of training solves by dopri5 (default: 1e-3)"
+    patience = "epochs after the warm-up without a better validation -ELBO that end it (default: never)"
     add("command", choices=("table", "gradients"), help="what to do")
-    add(
-        "--flow", nargs="+", choices=tuple(FLOWS), default=list(FLOWS)[:7], help="posteriors (default: the first seven)"
-    )
+    add("--flow", nargs="+", choices=flows, default=list(flows[:7]), help="posteriors (default: the first seven)")
     add("--data", choices=DATASETS, default="digits", help="data set (default: digits)")
     add("--data-dir", type=Path, help="folder with the files of mnist or omniglot (default: download)")
     add("--binarization", choices=BINARIZATIONS, default="static", help="of mnist (default: static)")
     add("--network", choices=NETWORKS, default="mlp", help="encoder and decoder (default: mlp)")
     add("--seed", nargs="+", type=not_negative, default=[0], help="seeds (default: 0)")
     add("--epochs", type=positive, help="at most (default: 100 for digits, 10 for mnist, 20 for omniglot)")
-    add(
-        "--warmup",
-        type=not_negative,
-        help="epochs in which the KL weight rises to 1 (default: four fifths of all)",
-    )
-    add(
-        "--patience",
-        type=not_negative,
-        default=0,
-        help="epochs after the warm-up without a better validation -ELBO that end it (default: never)",
-    )
+    add("--warmup", type=not_negative, help="epochs in which the KL weight rises to 1 (default: four fifths of all)")
+    add("--patience", type=not_negative, default=0, help=patience)
     add("--latent-dim", type=positive, help="dimension of the latent variable (default: 16 for digits, otherwise 64)")
     add("--hidden-dim", type=positive, help="width of the networks (default: 128 for digits, 512; 256 for conv)")
     add("--batch-size", type=positive, help="images a batch, over all devices (default: 64 for digits, otherwise 32)")
     add("--lr", type=positive_real, help="learning rate of Adamax (default: 1.6e-2 for digits, otherwise 4e-3)")
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate (default: cosine)")
-    add(
-        "--tolerance",
-        type=positive_real,
-        default=1e-3,
-        help="rtol and atol of training solves by dopri5 (default: 1e-3)",
-    )
+    add("--schedule", choices=schedules, default="cosine", help="of the learning rate (default: cosine)")
+    add("--tolerance", type=positive_real, default=1e-3, help=tolerance)
     add("--adjoint", action="store_true", help="gradients of continuous flows by the adjoint method")
     add("--num-samples", type=positive, default=100, metavar="K", help="importance samples an image (default: 100)")
     add("--nll-images", type=not_negative, help="test images for the likelihood, 0 for none (default: all)")
-    add("--output", type=Path, default=Path("results/vae"), help="folder for what is written (default: results/vae)")
-    add("--force", action="store_true", help="train anew what is in the output folder")
+    parser.add_kept("results/vae")
     add("--accelerator", choices=("cpu", "gpu"), default="cpu", help="of Lightning's Trainer (default: cpu)")
     add("--devices", type=positive, default=1, help="their number (default: 1)")
     add("--num-nodes", type=positive, default=1, help="machines (default: 1)")
@@ -383,17 +321,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """
-    Reads the command line, and before it the YAML file that it names.
-
-    :param ~argparse.ArgumentParser parser: the parser.
-    :param argv: the command line; None for that of the process.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(argv)
+def parse(parser: harness.Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line (None for that of the process), and before it the YAML file that it names."""
+    args = parser.begin(argv)
     if args.config is None:
         return args
+    import yaml
+
     try:
         options = yaml.safe_load(args.config.read_text()) or {}
         if not isinstance(options, dict):
@@ -422,6 +356,8 @@ def make_config(args: argparse.Namespace, source: str, flow: str, seed: int) -> 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the experiment; see ``--help``."""
+    from lightning.pytorch.utilities import rank_zero_only
+
     parser = make_parser()
     args = parse(parser, argv)
     device = torch.device("cuda" if args.accelerator == "gpu" else "cpu")
@@ -450,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     except (DataError, OSError) as error:
         parser.error(str(error))
     table = format_table(results)
-    (folder / "table.md").write_text(f"{table}\n")
+    harness.write(folder / "table.md", f"{table}\n")
     write_csv(results, folder / "table.csv")
     draw_training(results, folder / "training.png")
     uncertainty = max(result.estimate.elbo_error for result in results if result.estimate is not None)

@@ -30,19 +30,6 @@ from pyro_hollow.transforms import (
     conditional_sylvester,
 )
 
-__all__ = [
-    "CONTINUOUS",
-    "FLOWS",
-    "INNER",
-    "NETWORKS",
-    "PATH_GRADIENT",
-    "TEST_SOLVER",
-    "VAE",
-    "exact",
-    "make_flow",
-    "make_inner",
-]
-
 NETWORKS = ("mlp", "conv")
 
 #: A test -ELBO is only reported for a solve that has converged, whatever the training took.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import time
@@ -16,86 +15,54 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pyro.distributions as dist
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from pyro_hollow.experiments.data import Images
-from pyro_hollow.experiments.progress import Progress
+from pyro_hollow.experiments.harness import Progress, extra, write_csv
 from pyro_hollow.experiments.vae_models import PATH_GRADIENT, VAE, exact, make_flow, make_inner
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.transforms import ConditionalCNF
 
-__all__ = [
-    "BatchSampler",
-    "Config",
-    "Estimate",
-    "Task",
-    "estimate",
-    "expected_seconds",
-    "fit",
-    "gradient_variance",
-    "make_vae",
-]
+with extra():
+    import lightning as L
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.loggers import TensorBoardLogger
 
 
 @dataclass(frozen=True)
 class Config:
-    """
-    All that decides what a training run results in.
-
-    :ivar source: what exactly the images are, in words, lest runs on a stand-in be mixed with those on the original.
-    :ivar warmup: epochs over which the weight of the KL divergence rises to 1.
-    :ivar patience: epochs without a better validation -ELBO, after the warm-up, that end the training; 0 never to.
-    :ivar schedule: of the learning rate: "cosine", from ``lr`` to 0, or "constant".
-    :ivar tolerance: rtol and atol of the continuous flows' solver, dopri5.
-    :ivar adjoint: whether their gradients come by the adjoint method.
-    """
+    """All that decides what a training run results in."""
 
     flow: str
     data: str
-    source: str
+    source: str  #: what exactly the images are, in words, lest runs on a stand-in be mixed with those on the original.
     binarization: str
     network: str
     seed: int
     epochs: int
-    warmup: int
-    patience: int
+    warmup: int  #: epochs over which the weight of the KL divergence rises to 1.
+    patience: int  #: epochs without a better validation -ELBO, after the warm-up, that end the training; 0 never to.
     latent_dim: int
     hidden_dim: int
     batch_size: int
     lr: float
-    schedule: str
-    tolerance: float
-    adjoint: bool
+    schedule: str  #: of the learning rate: "cosine", from ``lr`` to 0, or "constant".
+    tolerance: float  #: rtol and atol of the continuous flows' solver, dopri5.
+    adjoint: bool  #: whether their gradients come by the adjoint method.
 
 
 def make_vae(config: Config, pixels: int) -> VAE:
-    """
-    The model as it is before training; its parameters are drawn by the seed.
-
-    :param Config config: the settings.
-    :param int pixels: Number of pixels of an image
-    """
+    """The model of images with that number of pixels before training; its parameters are drawn by the seed."""
     torch.manual_seed(config.seed)
     solver = Solver("dopri5", rtol=config.tolerance, atol=config.tolerance, adjoint=config.adjoint)
     sizes = (config.latent_dim, config.hidden_dim)
     flow, inner = make_flow(config.flow, *sizes, solver), make_inner(config.flow, *sizes, solver)
-    return VAE(
-        pixels,
-        config.latent_dim,
-        config.hidden_dim,
-        flow,
-        config.network,
-        config.flow in PATH_GRADIENT,
-        inner,
-    )
+    return VAE(pixels, *sizes, flow, config.network, config.flow in PATH_GRADIENT, inner)
 
 
 class BatchSampler(Sampler[Tensor]):
@@ -247,10 +214,7 @@ class Task(L.LightningModule):
         self.history.append(row)
         self.log_dict({name: row[name] for name in ("loss", "kl_weight", "seconds", "nfe", "nfe_backward")})
         if self.trainer.is_global_zero:
-            with open(Path(self.trainer.default_root_dir) / "history.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                writer.writeheader()
-                writer.writerows(self.history)
+            write_csv(Path(self.trainer.default_root_dir) / "history.csv", self.history)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the history."""
@@ -367,23 +331,15 @@ def fit(config: Config, images: Images, folder: Path, **options: Any) -> Task:
 
 @dataclass(frozen=True)
 class Estimate:
-    """
-    Bounds of a model on test images, in nats per image; the standard errors are those over the images.
+    """Bounds of a model on test images, in nats per image; the standard errors are those over the images."""
 
-    :ivar elbo: -ELBO.
-    :ivar nll: negative log-likelihood by importance sampling.
-    :ivar nll_images: the images it is taken over, chosen at random once for all.
-    :ivar num_samples: the samples an image for it.
-    :ivar nfe: evaluations per solve, the mean.
-    """
-
-    elbo: float
+    elbo: float  #: -ELBO.
     elbo_error: float
-    nll: float
+    nll: float  #: negative log-likelihood by importance sampling.
     nll_error: float
-    nll_images: int
-    num_samples: int
-    nfe: float
+    nll_images: int  #: the images it is taken over, chosen at random once for all.
+    num_samples: int  #: the samples an image for it.
+    nfe: float  #: evaluations per solve, the mean.
 
 
 @torch.no_grad()
@@ -437,14 +393,9 @@ def expected_seconds(
     config: Config, images: Images, device: torch.device, num_samples: int = 100, nll_images: int | None = None
 ) -> tuple[float, float]:
     """
-    Seconds that the training of a run will take on this machine and seconds that its test will, from a few batches of
-    each. The solves of continuous flows become longer while they learn, so theirs is a lower estimate.
-
-    :param Config config: the settings.
-    :param Images images: the data.
-    :param ~torch.device device: where to compute.
-    :param int num_samples: as of :func:`estimate`.
-    :param nll_images: as of :func:`estimate`.
+    Seconds that the training of a run will take on this machine and seconds that its test will, with the arguments of
+    :func:`estimate`, from a few batches of each. The solves of continuous flows become longer while they learn, so
+    theirs is a lower estimate.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         task = Task(make_vae(config, images.train.shape[1]), images, config).to(device)
@@ -488,11 +439,11 @@ def _mean_and_error(values: Tensor) -> tuple[float, float]:
 
 def gradient_variance(vae: VAE, x: Tensor, repeats: int = 50, seed: int = 0) -> tuple[float, float]:
     """
-    The variance of the gradient of the -ELBO with respect to the flow's parameters, summed over them: over new samples
-    of the posterior, and over solves from one and the same sample of its base, where a stochastic trace is the only
-    source of noise.
+    The variance of the gradient of the -ELBO with respect to a continuous flow's parameters, summed over them: over new
+    samples of the posterior, and over solves from one and the same sample of its base, where a stochastic trace is the
+    only source of noise.
 
-    :param VAE vae: a model with a continuous flow.
+    :param VAE vae: the model.
     :param Tensor x: a batch of binary images with shape ``(n, pixels)``.
     :param int repeats: gradients that are taken for either of the two.
     :param int seed: for the random numbers.

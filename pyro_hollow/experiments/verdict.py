@@ -12,7 +12,6 @@ of 400 independent draws. It is bad from 0.25 on, that of 16 draws. In between n
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_hollow.experiments.arguments import positive
+from pyro_hollow.experiments.harness import Parser, positive, table
 from pyro_hollow.infer.importance import faults, smooth
-
-__all__ = ["CASES", "Case", "Row", "evaluate", "format_rates", "format_table", "main"]
 
 GOOD, BAD = 0.05, 0.25
 _CHUNK = 2_000_000  # elements of the samples at once
@@ -78,21 +75,13 @@ def _rippled(amplitude: float) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """
-    A target and a guide of independent coordinates.
+    """A target and a guide of independent coordinates."""
 
-    :ivar str kind: in what the guide is wrong.
-    :ivar str name: the target and the guide.
-    :ivar target: the log density of each coordinate.
-    :ivar guide: the guides of the coordinates, in turn.
-    :ivar bool first: the guide is wrong in the first coordinate only; the others are standard Normal.
-    """
-
-    kind: str
-    name: str
-    target: Callable[[Tensor], Tensor]
-    guide: tuple[dist.Distribution, ...]
-    first: bool = False
+    kind: str  #: in what the guide is wrong.
+    name: str  #: the target and the guide.
+    target: Callable[[Tensor], Tensor]  #: the log density of each coordinate.
+    guide: tuple[dist.Distribution, ...]  #: the guides of the coordinates, in turn.
+    first: bool = False  #: the guide is wrong in the first coordinate only; the others are standard Normal.
 
     def draw(self, *shape: int) -> tuple[Tensor, Tensor]:
         """Samples with shape ``(*, S, d)`` and their log weights."""
@@ -146,25 +135,16 @@ CASES = _cases()
 
 @dataclass(frozen=True)
 class Row:
-    """
-    Result of :func:`evaluate`.
+    """Result of :func:`evaluate`."""
 
-    :ivar Case case: the target and the guide.
-    :ivar int d: the dimension.
-    :ivar int num_samples: the number of samples, S.
-    :ivar errors: root mean square errors of the mean, the logarithm of the standard deviation, and the log evidence.
-    :ivar float alarms: the share of runs whose draws are not to be trusted.
-    :ivar float khat_alarms: the same if the k-hat alone would decide, by the limit of 0.7, or 1 - 1 / log10(S).
-    :ivar khats: the quantiles of the k-hat at 5, 50 and 95 %.
-    """
-
-    case: Case
-    d: int
-    num_samples: int
+    case: Case  #: the target and the guide.
+    d: int  #: the dimension.
+    num_samples: int  #: the number of samples, S.
+    #: root mean square errors of the mean, the logarithm of the standard deviation, and the log evidence.
     errors: tuple[float, float, float]
-    alarms: float
-    khat_alarms: float
-    khats: tuple[float, float, float]
+    alarms: float  #: the share of runs whose draws are not to be trusted.
+    khat_alarms: float  #: the same if the k-hat alone would decide, by the limit of 0.7, or 1 - 1 / log10(S).
+    khats: tuple[float, float, float]  #: the quantiles of the k-hat at 5, 50 and 95 %.
 
     @property
     def truth(self) -> str:
@@ -174,14 +154,7 @@ class Row:
 
 
 def evaluate(case: Case, d: int, num_samples: int, repeats: int) -> Row:
-    """
-    Weighs samples of a guide again and again.
-
-    :param Case case: the target and the guide.
-    :param int d: the dimension.
-    :param int num_samples: of each run.
-    :param int repeats: the number of runs.
-    """
+    """Weighs samples of a guide in repeated runs; see :class:`Row`."""
     target = Target(case.target)
     normal = Target(_normal().log_prob)
     limit = min(1 - 1 / math.log10(num_samples), 0.7)
@@ -207,65 +180,43 @@ def evaluate(case: Case, d: int, num_samples: int, repeats: int) -> Row:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """
-    Markdown table of the rows.
-
-    :param rows: results of :func:`evaluate`.
-    """
-    lines = [
-        "| guide | target | d | S | error of mean, log sd, log evidence | truth | alarms | by k-hat alone | k-hat |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """A Markdown table of results of :func:`evaluate`."""
+    cells = []
     for row in rows:
         errors = ", ".join(f"{error:.3f}" for error in row.errors)
         low, middle, high = row.khats
-        lines.append(
-            f"| {row.case.kind} | {row.case.name} | {row.d} | {row.num_samples} | {errors} | {row.truth} "
-            f"| {row.alarms:.1%} | {row.khat_alarms:.1%} | {middle:.2f} ({low:.2f} to {high:.2f}) |"
-        )
-    return "\n".join(lines)
+        alarms = f"{row.alarms:.1%}", f"{row.khat_alarms:.1%}"
+        khat = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        cells.append([row.case.kind, row.case.name, row.d, row.num_samples, errors, row.truth, *alarms, khat])
+    header = "guide | target | d | S | error of mean, log sd, log evidence | truth | alarms | by k-hat alone | k-hat"
+    return "\n".join(table(header, cells))
 
 
 def format_rates(rows: Sequence[Row]) -> str:
-    """
-    Markdown table of false and missed alarms, by number of samples.
-
-    :param rows: results of :func:`evaluate`.
-    """
-    lines = [
-        "| S | good guides | false alarms | by k-hat alone | bad guides | missed alarms | by k-hat alone |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """A Markdown table of false and missed alarms among results of :func:`evaluate`, by number of samples."""
+    cells = []
     for size in sorted({row.num_samples for row in rows}):
-        cells = [str(size)]
+        cells.append([str(size)])
         for truth, sign in (("good", 1), ("bad", -1)):
             found = [row for row in rows if row.num_samples == size and row.truth == truth]
-            cells.append(str(len(found)))
+            cells[-1].append(str(len(found)))
             for name in ("alarms", "khat_alarms"):
                 wrong = [getattr(row, name) if sign > 0 else 1 - getattr(row, name) for row in found]
-                cells.append(f"{sum(wrong) / len(wrong):.2%}" if wrong else "-")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m pyro_hollow.experiments.verdict", description=(__doc__ or "").strip().split("\n\n")[0]
-    )
-    parser.add_argument("--kind", nargs="+", choices=sorted({case.kind for case in CASES}), help="default: all")
-    parser.add_argument("--dims", nargs="+", type=positive, default=[1, 2, 10, 50, 100], help="dimensions")
-    parser.add_argument("--num-samples", nargs="+", type=positive, default=[1000, 4000], help="at least 25")
-    parser.add_argument("--repeats", type=positive, default=200, help="runs of each guide (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of torch (default: 0)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    return parser
+                cells[-1].append(f"{sum(wrong) / len(wrong):.2%}" if wrong else "-")
+    header = "S | good guides | false alarms | by k-hat alone | bad guides | missed alarms | by k-hat alone"
+    return "\n".join(table(header, cells))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
-    args = make_parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
+    parser = Parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--kind", nargs="+", choices=sorted({case.kind for case in CASES}), help="default: all")
+    add("--dims", nargs="+", type=positive, default=[1, 2, 10, 50, 100], help="dimensions")
+    add("--num-samples", nargs="+", type=positive, default=[1000, 4000], help="at least 25")
+    add("--repeats", type=positive, default=200, help="runs of each guide (default: 200)")
+    add("--seed", type=int, default=0, help="of torch (default: 0)")
+    args = parser.begin(argv)
     torch.manual_seed(args.seed)
     rows = []
     for case in CASES:

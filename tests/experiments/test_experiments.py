@@ -169,6 +169,6 @@ def test_list_of_experiments(capsys):
     runpy.run_module("pyro_hollow.experiments", run_name="__main__")
     listed = dict(re.findall(r"^(\w+)  +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
     assert {"defaults", "posteriors", "speed", "vae"} <= listed.keys()
-    assert not {"__init__", "__main__", "arguments", "data", "vae_models"} & listed.keys()
+    assert not {"__init__", "__main__", "harness", "data", "vae_models"} & listed.keys()
     assert listed["speed"] == speed.__doc__.strip().splitlines()[0]
     assert all(line.endswith(".") for line in listed.values())  # a whole sentence

@@ -286,13 +286,6 @@ def test_missing_data(name, more, tmp_path, capsys):
     assert not (tmp_path / "output").exists()  # before any training
 
 
-@pytest.mark.parametrize("option", [("--posterior", "apple"), ("--guide", "tour")], ids=str)
-def test_unknown_names(option, capsys):
-    with pytest.raises(SystemExit):
-        posteriors.main(list(option))
-    assert option[1] in capsys.readouterr().err
-
-
 def test_without_a_reference(tmp_path, capsys):
     posteriors.main(command(tmp_path, "--no-equal-seconds", posterior=("eight_schools",), guide=("normal",)))
     saved = read(tmp_path / "eight_schools" / f"normal-{STEPS}-0.json")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pyro_hollow.experiments import progress
-from pyro_hollow.experiments.progress import Progress, duration
+from pyro_hollow.experiments import harness
+from pyro_hollow.experiments.harness import Progress, duration
 
-EXPERIMENTS = Path(progress.__file__).parent
+EXPERIMENTS = Path(harness.__file__).parent
 
 
 class Terminal(io.StringIO):
@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """The seconds that pass; both the bar's lines and tqdm's own redrawing go by them."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(harness.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -67,7 +67,7 @@ def test_iteration_is_unchanged():
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda path: path.stem)
 def test_experiments_have_no_other_bars(path):
-    if path.stem == "progress":
+    if path.stem == "harness":
         return
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}

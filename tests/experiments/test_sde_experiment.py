@@ -167,13 +167,6 @@ def test_each_start_once_where_there_are_just_enough(tmp_path):
         assert (len(np.unique(starts)) == 15) == once
 
 
-@pytest.mark.parametrize("argument", [["--noise", "-1"], ["--weight", "inf"]])
-def test_numbers_out_of_range(argument, capsys):
-    with pytest.raises(SystemExit):
-        experiment.main(["--process", "ou-1", *argument])
-    assert f"argument {argument[0]}: must be at least 0 and finite" in capsys.readouterr().err
-
-
 def test_tables():
     def result(seed, energy, p, drift=math.nan):
         config = Config("ou-1", "matching", 3, seed, 20, 15)
