@@ -9,7 +9,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter, is_
+from operator import attrgetter, is_, is_not
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ _T = TypeVar("_T")
 
 # Generators and comprehensions are avoided where a cache is asked: each of their items is a call of Python.
 _STATE = attrgetter("_version", "requires_grad", "dtype", "device")
+_IS_SOMETHING: Any = functools.partial(is_not, None)
 
 
 def breaks_graph(method: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -36,20 +37,20 @@ def breaks_graph(method: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else method(*args, **kwargs)
+        return disabled(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else method(*args, **kwargs)
 
     return call
 
 
 def module_tensors(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers, in a fraction of the time that Module takes to name them."""
-    tensors: list[Tensor | None] = []
-    modules: list[nn.Module | None] = [module]
+    tensors: list[Tensor] = []
+    modules = [module]
     for each in modules:
-        if each is not None:
-            tensors += (*each._parameters.values(), *each._buffers.values())
-            modules += each._modules.values()
-    return [tensor for tensor in tensors if tensor is not None]
+        tensors += filter(_IS_SOMETHING, each._parameters.values())
+        tensors += filter(_IS_SOMETHING, each._buffers.values())
+        modules += filter(_IS_SOMETHING, each._modules.values())
+    return tensors
 
 
 def _states(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
@@ -70,7 +71,8 @@ class Pair(NamedTuple):
     :ivar tensors: the tensors on which the results depend, x and y among them.
     :ivar states: the state of each of them.
     :ivar settings: grad mode, and settings of the transform.
-    :ivar reusable: False if changes of the tensors cannot be noticed, and after a backward pass.
+    :ivar reusable: False if changes of the tensors cannot be noticed, if the results must not leave a transform of
+        torch.func, and after a backward pass.
     """
 
     x: Tensor
@@ -93,27 +95,21 @@ class PairCache:
     """
     Holds the latest pair of a transform until it is cleared, replaced, or spent by a backward pass.
 
-    :param bool keeps_spent: True to keep a pair after a backward pass, but not as reusable.
+    :param bool keeps_all: True to keep pairs that are not reusable, too.
     """
 
-    def __init__(self, keeps_spent: bool = False) -> None:
-        self._keeps_spent = keeps_spent
+    def __init__(self, keeps_all: bool = False) -> None:
+        self._keeps_all = keeps_all
         self.latest: Pair | None = None
-
-    def find(self, x: Tensor | None = None, y: Tensor | None = None) -> Pair | None:
-        """The latest pair if the given tensors are its own."""
-        pair = self.latest
-        if pair is None or (x is not None and x is not pair.x) or (y is not None and y is not pair.y):
-            return None
-        return pair
 
     def store(self, pair: Pair) -> None:
         """Keeps a pair in place of the latest one."""
         given, made = (pair.y, pair.x) if pair.from_inverse else (pair.x, pair.y)
         level = torch._C._functorch.maybe_current_level()
         if level is not None and torch._C._functorch.maybe_get_level(given) != level:
-            return  # within a transform of torch.func results are wrapped, even for an input that outlives it
-        self.latest = pair
+            # Within a transform of torch.func results are wrapped, even for an input that outlives it.
+            pair = pair._replace(reusable=False)
+        self.latest = pair if pair.reusable or self._keeps_all else None
         # A second backward pass through the pair's graph would fail. The hook must not keep the cache alive.
         reference = weakref.ref(self)
 
@@ -127,7 +123,7 @@ class PairCache:
 
     def spend(self) -> None:
         """Forgets the latest pair, whose graph a backward pass has freed, or marks it."""
-        kept = self.latest if self._keeps_spent else None
+        kept = self.latest if self._keeps_all else None
         self.latest = kept and kept._replace(reusable=False)
 
     def clear(self) -> None:
@@ -167,11 +163,11 @@ class CachedTransform(Transform):
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
-    _keeps_spent = False
+    _keeps_all = False
 
     def __init__(self, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
-        self._cache = PairCache(self._keeps_spent)
+        self._cache = PairCache(self._keeps_all)
 
     def _transform(self, x: Tensor) -> Sequence[Tensor]:
         """Value, log-determinant and extras, past the cache."""
@@ -267,8 +263,10 @@ class CachedTransform(Transform):
 
     def _lookup(self, x: Tensor | None = None, y: Tensor | None = None) -> Pair | None:
         """The latest pair, if the given tensors are its own and nothing that decides it has changed."""
-        pair = self._cache.find(x, y)
-        if pair is None or not (pair.reusable and pair.depends_on(self._tensors())):
+        pair = self._cache.latest
+        if pair is None or (x is not None and x is not pair.x) or (y is not None and y is not pair.y):
+            return None
+        if not (pair.reusable and pair.depends_on(self._tensors())):
             return None
         return pair if all(map(is_, pair.settings, (torch.is_grad_enabled(), *self._settings()))) else None
 
@@ -305,4 +303,4 @@ class CachedTransform(Transform):
         return sibling
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cache": PairCache(self._keeps_spent), "_inv": None}
+        return {**super().__getstate__(), "_cache": PairCache(self._keeps_all), "_inv": None}
