@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The rules of the cache, which are the same for all transforms that have it: continuous, in closed form, of guides."""
+"""The rules of the cache, which are the same for all flows that have it: continuous, standardised, in closed form."""
 
 import copy
 import gc
@@ -15,7 +15,6 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 from transform_checks import CONTEXT_DIM, base
 
-from pyro_hollow.infer.guide_posterior import Affine, Tails
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import (
     ConditionedStandardizedFlow,
@@ -47,9 +46,6 @@ TRANSFORMS = {
     "standardised": make_standardized,
     "low rank": lambda: of_context(conditional_low_rank_linear(SHAPE[-1], CONTEXT_DIM)),
     "Sylvester": lambda: of_context(conditional_sylvester(SHAPE[-1], CONTEXT_DIM)),
-    "affine": lambda: Affine(torch.randn(3), torch.randn(3), torch.randn(3, 3).tril(-1)),
-    "diagonal": lambda: Affine(torch.randn(3), torch.randn(3), None),
-    "tails": lambda: Tails(torch.rand(3, 2)),
 }
 every_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
 #: Those with an inverse of their own.

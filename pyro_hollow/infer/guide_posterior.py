@@ -11,9 +11,10 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
-
-from pyro_hollow.transforms.cache import CachedTransform
+from torch.distributions import Transform
+from torch.distributions.transforms import _InverseTransform
 
 from .path_gradient import PathGradientDistribution
 
@@ -29,35 +30,56 @@ _RECESSION = 0.1
 _LEAST_EXCESS = 1e-3
 
 
-class Affine(CachedTransform):
+class _Bijection(Transform):
+    """
+    Keeps its latest pair, so that scoring a sample inverts nothing; but not for a sample that has lost its gradients or
+    was edited. As it is made anew for each step, of tensors that nobody else has, torch's own cache is enough.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    sign = +1
+
+    def __init__(self) -> None:
+        super().__init__(cache_size=1)
+
+    @property
+    def inv(self) -> _InverseTransform:
+        """The inverse. Made anew each time: a stored one would form a cycle that keeps graphs alive."""
+        return _InverseTransform(self)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        edited = not y.is_inference() and y._version > 0
+        if edited or (torch.is_grad_enabled() and not y.requires_grad):
+            return self._inverse(y)
+        return super()._inv_call(y)
+
+
+class Affine(_Bijection):
     r""":math:`y = \mu + \mathrm{diag}(\sigma) (I + U) x` with a strictly lower triangular U, or without."""
 
     def __init__(self, loc: Tensor, log_scale: Tensor, lower: Tensor | None) -> None:
         super().__init__()
         self.loc, self.log_scale, self.lower = loc, log_scale, lower
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        tensors = self.loc, self.log_scale
-        return tensors if self.lower is None else (*tensors, self.lower)
-
-    def _map(self, x: Tensor) -> Tensor:
+    def _call(self, x: Tensor) -> Tensor:
         mixed = x if self.lower is None else x + x @ self.lower.mT
         return torch.addcmul(self.loc, mixed, self.log_scale.exp())
 
-    def _transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._map(x), self.log_scale.sum().expand(x.shape[:-1])
-
-    def _invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse(self, y: Tensor) -> Tensor:
         mixed = (y - self.loc) * (-self.log_scale).exp()
-        x = mixed if self.lower is None else self._solve(self.lower, mixed, upper=False)
-        return x, self.log_scale.sum().expand(y.shape[:-1])
+        return mixed if self.lower is None else self._solve(self.lower, mixed, upper=False)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.log_scale.sum().expand(x.shape[:-1])
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value, log-determinant, and the gradient of the log-density of y from that of x."""
-        y = self._map(x)
+        y = self(x)
         with torch.no_grad():
             mixed = score if self.lower is None else self._solve(self.lower.mT, score, upper=True)
-            return y, self.log_scale.sum().expand(x.shape[:-1]), mixed * (-self.log_scale).exp()
+            return y, self.log_abs_det_jacobian(x, y), mixed * (-self.log_scale).exp()
 
     def transposed(self) -> Callable[[Tensor], Tensor]:
         """The transpose of the Jacobian, by a function that holds no pair and no graph."""
@@ -72,7 +94,7 @@ class Affine(CachedTransform):
         return torch.linalg.solve_triangular(matrix, rows.unsqueeze(-1), upper=upper, unitriangular=True).squeeze(-1)
 
 
-class Tails(CachedTransform):
+class Tails(_Bijection):
     r"""
     Heavier tails, coordinate by coordinate and side by side,
 
@@ -88,23 +110,22 @@ class Tails(CachedTransform):
         super().__init__()
         self.weight = weight
 
-    def _tensors(self) -> tuple[Tensor]:
-        return (self.weight,)
-
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The part of x within the tails' thresholds, that beyond them, and the weights of the tails."""
         inner = x.clamp(-_TAILS_FROM, _TAILS_FROM)
         return inner, x - inner, torch.where(x < 0, self.weight[:, 0], self.weight[:, 1])
 
-    def _transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call(self, x: Tensor) -> Tensor:
         inner, r, b = self._split(x)
-        q = b * r.square()
-        return inner + r * (1 + q).sqrt(), self._log_slope(q).sum(-1)
+        return inner + r * (1 + b * r.square()).sqrt()
 
-    def _invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse(self, y: Tensor) -> Tensor:
         inner, s, b = self._split(y)
-        r = s * (2 / (1 + (1 + 4 * b * s.square()).sqrt())).sqrt()
-        return inner + r, self._log_slope(b * r.square()).sum(-1)
+        return inner + s * (2 / (1 + (1 + 4 * b * s.square()).sqrt())).sqrt()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        _, r, b = self._split(x)
+        return self._log_slope(b * r.square()).sum(-1)
 
     @staticmethod
     def _log_slope(q: Tensor) -> Tensor:
@@ -112,10 +133,10 @@ class Tails(CachedTransform):
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value, log-determinant, and the gradient of the log-density of y from that of x."""
-        inner, r, b = self._split(x)
-        q = b * r.square()
-        y = inner + r * (1 + q).sqrt()
+        y = self(x)
         with torch.no_grad():
+            _, r, b = self._split(x)
+            q = b * r.square()
             log_slope = self._log_slope(q)
             gradient = b * r * (4 / (1 + 2 * q) - 1 / (1 + q))
             return y, log_slope.sum(-1), (score - gradient) * (-log_slope).exp()

@@ -65,8 +65,7 @@ class Pair(NamedTuple):
     """
     Input and output of a transform, and all that must not change for them to stay a pair.
 
-    :ivar ladj: the log-determinant of the map from x to y.
-    :ivar extras: more results of the same evaluation.
+    :ivar results: the log-determinant, or that from which it is computed, and what else the same evaluation gave.
     :ivar from_inverse: True if x was computed from y.
     :ivar tensors: the tensors on which the results depend, x and y among them.
     :ivar states: the state of each of them.
@@ -77,8 +76,7 @@ class Pair(NamedTuple):
 
     x: Tensor
     y: Tensor
-    ladj: Tensor
-    extras: tuple[Tensor, ...]
+    results: tuple[Tensor, ...]
     from_inverse: bool
     tensors: list[Tensor]
     states: list[tuple[Any, ...]]
@@ -113,13 +111,14 @@ class PairCache:
         # A second backward pass through the pair's graph would fail. The hook must not keep the cache alive.
         reference = weakref.ref(self)
 
-        def spend(gradient: Tensor) -> None:
+        def spend(gradients: tuple[Tensor, ...]) -> None:
             if (cache := reference()) is not None:
                 cache.spend()
 
-        for tensor in (made, pair.ladj, *pair.extras):
-            if tensor.requires_grad and tensor.grad_fn is not None:
-                tensor.register_hook(spend)
+        # Hooks of nodes cost less than those of tensors, and results of one node need but one.
+        for node in {tensor.grad_fn for tensor in (made, *pair.results)}:
+            if node is not None:
+                node.register_prehook(spend)
 
     def spend(self) -> None:
         """Forgets the latest pair, whose graph a backward pass has freed, or marks it."""
@@ -148,8 +147,8 @@ class _CachedInverse(_InverseTransform):
 
 class CachedTransform(Transform):
     """
-    A transform of vectors that computes value and log-determinant together, and keeps the latest pair of input and
-    output with it. A subclass says in :meth:`_transform` and :meth:`_invert` what these are, in :meth:`_tensors` and
+    A transform of vectors that keeps its latest pair of input and output together with the log-determinant. A subclass
+    says in :meth:`_transform`, :meth:`_invert` and :meth:`_ladj` what these are, in :meth:`_tensors` and
     :meth:`_settings` what they depend on.
 
     A pair is used only if x or y is the very tensor, and nothing that decides the result has changed: tensors by
@@ -170,12 +169,16 @@ class CachedTransform(Transform):
         self._cache = PairCache(self._keeps_all)
 
     def _transform(self, x: Tensor) -> Sequence[Tensor]:
-        """Value, log-determinant and extras, past the cache."""
+        """The value, and what :meth:`_ladj` takes of its evaluation; past the cache."""
         raise NotImplementedError
 
     def _invert(self, y: Tensor) -> Sequence[Tensor]:
-        """The input that leads to y, with log-determinant and extras of the map from there to y, past the cache."""
+        """The input that leads to y, and what :meth:`_ladj` takes of the map from there to y; past the cache."""
         raise NotImplementedError
+
+    def _ladj(self, x: Tensor, results: Sequence[Tensor]) -> Tensor:
+        """The log-determinant at x, given the results of its evaluation; by default it is the first of them."""
+        return results[0]
 
     def _tensors(self) -> Sequence[Tensor]:
         """Tensors that decide the result besides the input."""
@@ -196,21 +199,29 @@ class CachedTransform(Transform):
         return _CachedInverse(self)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
+        return self._evaluate(x)[0]
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self._inverse_and_ladj(y)[0]
+        return self._evaluate_inverse(y)[0]
 
     @breaks_graph
-    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The input that leads to y, and the log-determinant of the map from there to y."""
+    def _evaluate(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """The value and its results, by the cache."""
+        if (pair := self._lookup(x=x)) is not None:
+            return pair.y, pair.results
+        y, *results = self._transform(x)
+        self._store(x, y, results)
+        return y, results
+
+    @breaks_graph
+    def _evaluate_inverse(self, y: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """The input that leads to y and its results, by the cache."""
         if (pair := self._lookup(y=y)) is not None:
-            return pair.x, pair.ladj
-        x, ladj, *extras = self._invert(y)
-        self._store(x, y, ladj, extras, from_inverse=True)
-        return x, ladj
+            return pair.x, pair.results
+        x, *results = self._invert(y)
+        self._store(x, y, results, from_inverse=True)
+        return x, results
 
-    @breaks_graph
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """
         Value and log-determinant together.
@@ -218,11 +229,13 @@ class CachedTransform(Transform):
         :param Tensor x: the input with shape ``(*, d)``.
         :returns: y with shape ``(*, d)`` and the log-determinant of its Jacobian with shape ``(*,)``.
         """
-        if (pair := self._lookup(x=x)) is not None:
-            return pair.y, pair.ladj
-        y, ladj, *extras = self._transform(x)
-        self._store(x, y, ladj, extras)
-        return y, ladj
+        y, results = self._evaluate(x)
+        return y, self._ladj(x, results)
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The input that leads to y, and the log-determinant of the map from there to y."""
+        x, results = self._evaluate_inverse(y)
+        return x, self._ladj(x, results)
 
     @breaks_graph
     def _call(self, x: Tensor) -> Tensor:
@@ -255,11 +268,11 @@ class CachedTransform(Transform):
         :returns: the log-determinant with shape ``(*,)``.
         """
         if (pair := self._lookup(x=x, y=y)) is None:
-            return self._transform(x)[1]
+            return self._ladj(x, self._transform(x)[1:])
         if pair.from_inverse:
             # log_prob has all it needs. When it scores the same data again, parameters may have changed unseen.
             self.clear_cache()
-        return pair.ladj
+        return self._ladj(x, pair.results)
 
     def _lookup(self, x: Tensor | None = None, y: Tensor | None = None) -> Pair | None:
         """The latest pair, if the given tensors are its own and nothing that decides it has changed."""
@@ -270,15 +283,13 @@ class CachedTransform(Transform):
             return None
         return pair if all(map(is_, pair.settings, (torch.is_grad_enabled(), *self._settings()))) else None
 
-    def _store(
-        self, x: Tensor, y: Tensor, ladj: Tensor, extras: Iterable[Tensor] = (), from_inverse: bool = False
-    ) -> None:
+    def _store(self, x: Tensor, y: Tensor, results: Iterable[Tensor], from_inverse: bool = False) -> None:
         if not self._cache_size:
             return
         tensors = [*self._tensors(), x, y]
         settings = (torch.is_grad_enabled(), *self._settings())
         counted = not any(map(Tensor.is_inference, tensors))
-        self._cache.store(Pair(x, y, ladj, tuple(extras), from_inverse, tensors, _states(tensors), settings, counted))
+        self._cache.store(Pair(x, y, tuple(results), from_inverse, tensors, _states(tensors), settings, counted))
 
     def clear_cache(self) -> None:
         """Forgets the latest pair."""

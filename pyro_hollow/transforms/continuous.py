@@ -184,15 +184,15 @@ class ConditionedCNF(_HasSolver, CachedTransform):
                 f"but got {tuple(score.shape)} and {score.dtype}"
             )
         y, ladj, score = self._integrate(x, 0.0, self.time, score.detach())
-        self._store(x, y, ladj)
+        self._store(x, y, (ladj,))
         return y, ladj, score.detach()
 
     def _transform(self, x: Tensor) -> tuple[Tensor, ...]:
         return self._integrate(x, 0.0, self.time)
 
     def _invert(self, y: Tensor) -> tuple[Tensor, ...]:
-        x, ladj, *extras = self._integrate(y, self.time, 0.0)
-        return x, -ladj, *(-extra for extra in extras)
+        x, *integrals = self._integrate(y, self.time, 0.0)
+        return x, *map(torch.neg, integrals)
 
     def _integrate(self, state: Tensor, t0: float, t1: float, score: Tensor | None = None) -> tuple[Tensor, ...]:
         """

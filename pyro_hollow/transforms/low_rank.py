@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
@@ -31,12 +33,16 @@ class ConditionedLowRankLinear(ClosedFormTransform):
 
     def _transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)
-        return _map(x, *self.flow._factors(self.context))
+        u, v, small = self.flow._factors(self.context)
+        return x + matvec(u, matvec(v.mT, x)), small
 
     def _invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(y)
         u, v, small = self.flow._factors(self.context)
-        return y - matvec(u, _solve(small, matvec(v.mT, y))), _log_det(small, y)
+        return y - matvec(u, _solve(small, matvec(v.mT, y))), small
+
+    def _ladj(self, x: Tensor, results: Sequence[Tensor]) -> Tensor:
+        return torch.linalg.slogdet(results[0]).logabsdet.expand(x.shape[:-1])
 
     @breaks_graph
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,18 +60,10 @@ class ConditionedLowRankLinear(ClosedFormTransform):
         if score.shape != x.shape:
             raise ValueError(f"score must have the shape of x, {tuple(x.shape)}, but got {tuple(score.shape)}")
         u, v, small = self.flow._factors(self.context)
-        y, ladj = _map(x, u, v, small)
-        self._store(x, y, ladj)
+        y = x + matvec(u, matvec(v.mT, x))
+        self._store(x, y, (small,))
         with torch.no_grad():
-            return y, ladj, score - matvec(v, _solve(small.mT, matvec(u.mT, score)))
-
-
-def _map(x: Tensor, u: Tensor, v: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
-    return x + matvec(u, matvec(v.mT, x)), _log_det(small, x)
-
-
-def _log_det(small: Tensor, x: Tensor) -> Tensor:
-    return torch.linalg.slogdet(small).logabsdet.expand(x.shape[:-1])
+            return y, self._ladj(x, (small,)), score - matvec(v, _solve(small.mT, matvec(u.mT, score)))
 
 
 def _solve(matrix: Tensor, vector: Tensor) -> Tensor:

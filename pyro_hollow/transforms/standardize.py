@@ -52,15 +52,14 @@ class ConditionedStandardizedFlow(CachedTransform):
         return self.flow.sign
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._to_y(self.flow(x))[0]
+        return self._to_y(self.flow(x))
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self.flow.inv(self._to_z(y)[0])
+        return self.flow.inv(self._to_z(y))
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_scale = self._to_z(y)
-        x, ladj = self.flow.inv.call_and_ladj(z)
-        return x, log_scale - ladj
+        x, ladj = self.flow.inv.call_and_ladj(self._to_z(y))
+        return x, self.units.log_scale() - ladj
 
     def _call(self, x: Tensor) -> Tensor:
         """
@@ -88,8 +87,8 @@ class ConditionedStandardizedFlow(CachedTransform):
         :param Tensor y: the output for that input, in the units of the data.
         :returns: the log-determinant with shape ``(*,)``.
         """
-        z, log_scale = self._to_z(y)
-        return self.flow.log_abs_det_jacobian(x, z) + log_scale
+        z = self._to_z(y)
+        return self.flow.log_abs_det_jacobian(x, z) + self.units.log_scale()
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -100,8 +99,7 @@ class ConditionedStandardizedFlow(CachedTransform):
         """
         both = getattr(self.flow, "call_and_ladj", None)
         z, ladj = both(x) if both else (z := self.flow(x), self.flow.log_abs_det_jacobian(x, z))
-        y, log_scale = self._to_y(z)
-        return y, ladj + log_scale
+        return self._to_y(z), ladj + self.units.log_scale()
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""
@@ -112,8 +110,7 @@ class ConditionedStandardizedFlow(CachedTransform):
         :returns: y, the log-determinant, and the gradient of the log-density of y at y, which has no gradient itself.
         """
         z, ladj, score = self.flow.call_and_score(x, score)
-        y, log_scale = self._to_y(z)
-        return y, ladj + log_scale, score / self.units.scale
+        return self._to_y(z), ladj + self.units.log_scale(), score / self.units.scale
 
     def clear_cache(self) -> None:
         """Forgets the latest pair, and the flow's."""
@@ -140,22 +137,20 @@ class ConditionedStandardizedFlow(CachedTransform):
     # The pairs of the cache are those of the affine map alone, of z = T(x) and y.
 
     @breaks_graph
-    def _to_y(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and the log-determinant of the affine map."""
+    def _to_y(self, z: Tensor) -> Tensor:
         if (pair := self._lookup(x=z)) is not None:
-            return pair.y, pair.ladj
-        y, ladj = self.units.inverse(z), self.units.log_scale()
-        self._store(z, y, ladj)
-        return y, ladj
+            return pair.y
+        y = self.units.inverse(z)
+        self._store(z, y, ())
+        return y
 
     @breaks_graph
-    def _to_z(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """z, and the log-determinant of the affine map."""
+    def _to_z(self, y: Tensor) -> Tensor:
         if (pair := self._lookup(y=y)) is not None:
-            return pair.x, pair.ladj
-        z, ladj = self.units(self._checked(y)), self.units.log_scale()
-        self._store(z, y, ladj, from_inverse=True)
-        return z, ladj
+            return pair.x
+        z = self.units(self._checked(y))
+        self._store(z, y, (), from_inverse=True)
+        return z
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.units.loc, self.units.scale

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NoReturn
+
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
@@ -69,20 +72,16 @@ class ConditionedSylvester(ClosedFormTransform):
     _keeps_all = True
 
     @breaks_graph
-    def _inv_call(self, y: Tensor) -> Tensor:
+    def _evaluate_inverse(self, y: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         pair = self._cache.latest
         if pair is None or y is not pair.y or not pair.depends_on(self._tensors()):
-            return self._inverse(y)
+            self._inverse(y)
         # The log-determinant of this very pair comes next. If x was drawn under no_grad, it must not carry a gradient.
         reusable = pair.reusable or y.is_inference()
         self._cache.latest = pair._replace(settings=(torch.is_grad_enabled(),), reusable=reusable)
-        return pair.x
+        return pair.x, pair.results if reusable else self._transform(pair.x)[1:]
 
-    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._inv_call(y)
-        return x, self.log_abs_det_jacobian(x, y)
-
-    def _inverse(self, y: Tensor) -> Tensor:
+    def _inverse(self, y: Tensor) -> NoReturn:
         """
         :param y: the output of the bijection
         :type y: torch.Tensor
