@@ -153,8 +153,8 @@ class CachedTransform(Transform):
 
     A pair is used only if x or y is the very tensor, and nothing that decides the result has changed: tensors by
     assignment, in place, in type, device or ``requires_grad``; settings; grad mode. It is dropped when it has been
-    scored as data, after a backward pass, and in copies. Nothing that was made in inference mode is used again, nor is
-    anything that must not leave a transform of torch.func.
+    scored as data, after a backward pass, and in copies. Inference tensors are not used again, as their changes go
+    unnoticed, and results of a transform of torch.func do not leave it.
 
     :param int cache_size: 0 or 1.
     """
