@@ -31,7 +31,10 @@ _LEAST_EXCESS = 1e-3
 
 
 class _Bijection(Transform):
-    """Keeps its latest pair, so that scoring a sample inverts nothing; but not one that has lost its gradients."""
+    """
+    Keeps its latest pair, so that scoring a sample inverts nothing; but not for a sample that has lost its gradients or
+    was edited. As it is made anew for each step, of tensors that nobody else has, torch's own cache is enough.
+    """
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
@@ -47,7 +50,8 @@ class _Bijection(Transform):
         return _InverseTransform(self)
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not y.requires_grad:
+        edited = not y.is_inference() and y._version > 0
+        if edited or (torch.is_grad_enabled() and not y.requires_grad):
             return self._inverse(y)
         return super()._inv_call(y)
 

@@ -17,14 +17,23 @@ the accepted steps, in which every root is differentiated by the implicit functi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from pyro_hollow.ops import RootResult, attach, fill_by_differences, fixed_point, jacobi_newton, jacobian, newton
+from pyro_hollow.ops import (
+    RootOptions,
+    RootResult,
+    attach,
+    fill_by_differences,
+    fixed_point,
+    jacobi_newton,
+    jacobian,
+    newton,
+)
 
 from .implicit_methods import METHODS, Method
 from .monitor import Monitor, are_finite, parts
@@ -125,7 +134,12 @@ class _Equation:
 
     def norm(self, y: Tensor) -> float:
         """The largest root mean square of a part of the state in any sample."""
-        return float(torch.stack([part.square().mean(-1).max() for part in y.split(self.sizes, dim=-1)]).max().sqrt())
+        return _largest_norm(y.split(self.sizes, dim=-1))
+
+
+def _largest_norm(rows: Iterable[Tensor]) -> float:
+    """The largest root mean square of any sample of tensors with shape ``(*, n)``."""
+    return float(torch.stack([part.square().mean(-1).max() for part in rows]).max().sqrt())
 
 
 class _NotConverged(Exception):
@@ -177,7 +191,7 @@ class _Corrector:
         equation = self._equation
         c, x = constant[..., : equation.size], guess[..., : equation.size]
         if self.kind == "fixed-point":
-            result = fixed_point(lambda x: x - c - coefficient * equation.field(t, x), x, **self._settings(x))
+            result = fixed_point(lambda x: x - c - coefficient * equation.field(t, x), x, **self._options(x))
         elif self.kind == "newton" or self._stay:
             result = self._newton(t, coefficient, c, x)
         else:
@@ -191,7 +205,7 @@ class _Corrector:
             raise _NotConverged(float(result.rate[~result.converged].max()), self._spoilt if finite else None)
         return equation.complete(t, coefficient, constant, result.value)
 
-    def _settings(self, x: Tensor) -> dict[str, Any]:
+    def _options(self, x: Tensor) -> RootOptions:
         finest = 10 * torch.finfo(x.dtype).eps / self._monitor.solver.rtol
         return {
             "tolerance": min(0.5, max(_ROOT_ERROR, finest)),
@@ -211,7 +225,7 @@ class _Corrector:
             f, diagonal = self._equation.field_with_diagonal(t, x)
             return x - c - coefficient * f, 1 - coefficient * diagonal
 
-        result = jacobi_newton(residual, x, **self._settings(x))
+        result = jacobi_newton(residual, x, **self._options(x))
         if bool(result.converged.all()):
             return result
         if are_finite(f) and not are_finite(diagonal):
@@ -232,12 +246,13 @@ class _Corrector:
                 factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
                 self._factors, self._coefficient = (factors, pivots), coefficient
             factors, pivots = self._factors
+            options = self._options(x)
+            options["first_rate"] = 1.0  # an old Jacobian can make any update small: two of them have to tell the rate
             result = newton(
                 lambda x: x - c - coefficient * self._equation.field(t, x),
                 x,
                 inverse=lambda f: torch.linalg.lu_solve(factors, pivots, f.unsqueeze(-1)).squeeze(-1),  # noqa: B023
-                # An old Jacobian can make any update small: two of them have to tell the rate.
-                **{**self._settings(x), "first_rate": 1.0},
+                **options,
             )
             if fresh or bool(result.converged.all()):
                 return result
@@ -457,7 +472,7 @@ class _Adjoint(torch.autograd.Function):
         y, *tensors = ctx.saved_tensors
         totals = [torch.zeros_like(tensor) for tensor in tensors]
 
-        def pull(out: Tensor, start: Tensor, bar: Tensor) -> Tensor:
+        def vjp(out: Tensor, start: Tensor, bar: Tensor) -> Tensor:
             start_bar, *others = torch.autograd.grad(
                 out, (start, *tensors), bar, retain_graph=True, allow_unused=True, materialize_grads=True
             )
@@ -472,13 +487,13 @@ class _Adjoint(torch.autograd.Function):
             with torch.enable_grad():
                 history = step.history.detach().requires_grad_()
                 out = replay.step(step, history)
-            bar = pull(out, history, bar)
+            bar = vjp(out, history, bar)
             if is_finite:
                 replay.check(step.t, bar)
         with torch.enable_grad():
             start = y.detach().requires_grad_()
             out = replay.begin(start, replay.equation.slope(ctx.t0, start))
-        bar = pull(out, start, bar)
+        bar = vjp(out, start, bar)
         if is_finite:
             replay.check(ctx.t0, bar)
         return None, None, None, bar, *totals

@@ -13,12 +13,13 @@ from .derivatives import (
     split_jacobian,
 )
 from .operators import DimwiseField, differential_operator, field_derivatives, time_derivative
-from .roots import RootError, RootResult, attach, fixed_point, jacobi_newton, newton
+from .roots import RootError, RootOptions, RootResult, attach, fixed_point, jacobi_newton, newton
 
 __all__ = [
     "DimwiseField",
     "HollowOperator",
     "RootError",
+    "RootOptions",
     "RootResult",
     "SplitJacobian",
     "attach",

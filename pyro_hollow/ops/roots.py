@@ -29,15 +29,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from .derivatives import fill_by_differences, jacobian
 
-__all__ = ["RootError", "RootResult", "attach", "fixed_point", "jacobi_newton", "newton"]
+__all__ = ["RootError", "RootOptions", "RootResult", "attach", "fixed_point", "jacobi_newton", "newton"]
 
 Residual = Callable[[Tensor], Tensor]
 ResidualWithDiagonal = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-#: What to do about a derivative that is not finite.
+#: Advice about a derivative that is not finite.
 _ADVICE = "write F so that its derivative is finite, as by torch.where on the input of sqrt, not only on its output"
 #: A diagonal that has fallen below this part of its first value, or has changed its sign, is not divided by.
 _SAFE = 1e-2
@@ -64,8 +65,8 @@ class RootResult:
     :ivar value: the roots with shape ``(*, d)``; of a sample that has not converged, the last finite iterate, without
         gradients.
     :ivar iterations: of each sample, with shape ``(*,)``.
-    :ivar converged: whether each sample has converged.
-    :ivar rate: by what factor the last update of each sample was smaller than the one before; 0 if there was only one,
+    :ivar converged: True for each sample that has converged.
+    :ivar rate: the ratio of the last update of each sample to the one before; 0 if there was only one,
         infinite if the sample could not be evaluated.
     """
 
@@ -75,18 +76,29 @@ class RootResult:
     rate: Tensor
 
 
-def fixed_point(
-    residual: Residual,
-    x: Tensor,
-    *,
-    tolerance: float = 1e-8,
-    scale: Tensor | None = None,
-    max_iterations: int = 100,
-    max_rate: float = 1.0,
-    first_rate: Tensor | float = 0.5,
-    damping: float = 1.0,
-    throw: bool = True,
-) -> RootResult:
+class RootOptions(TypedDict, total=False):
+    """
+    Keyword arguments of the three root finders.
+
+    :ivar float tolerance: of the error, relative to the scale; 1e-8 by default.
+    :ivar Tensor scale: what errors are relative to, of a shape that broadcasts to x's; 1 by default.
+    :ivar int max_iterations: the number of iterations after which a sample is given up; 100 by default.
+    :ivar float max_rate: the largest rate that counts as converging; 1 by default.
+    :ivar first_rate: the rate to assume when there is one update only, for each sample or for all; 0.5 by default.
+    :ivar float damping: :math:`\\omega`, in (0, 1] to be safe; 1 by default.
+    :ivar bool throw: raise an error if any sample has not converged; True by default.
+    """
+
+    tolerance: float
+    scale: Tensor | None
+    max_iterations: int
+    max_rate: float
+    first_rate: Tensor | float
+    damping: float
+    throw: bool
+
+
+def fixed_point(residual: Residual, x: Tensor, **options: Unpack[RootOptions]) -> RootResult:
     r"""
     Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega F(x)`.
 
@@ -97,13 +109,7 @@ def fixed_point(
 
     :param residual: maps x with shape ``(*, d)`` to F with that shape, each sample by itself.
     :param Tensor x: where to begin, with shape ``(*, d)``.
-    :param float tolerance: of the error, relative to the scale.
-    :param Tensor scale: what errors are relative to, of a shape that broadcasts to x's; 1 by default.
-    :param int max_iterations: the number of iterations after which a sample is given up.
-    :param float max_rate: the largest rate that counts as converging.
-    :param first_rate: the rate to assume when there is one update only, for each sample or for all.
-    :param float damping: :math:`\omega`, in (0, 1] to be safe.
-    :param bool throw: raise an error if any sample has not converged.
+    :param options: see :class:`RootOptions`.
     :returns: the roots, with gradients to all that F depends on, and how they were found.
     :raises RootError: if a sample has not converged, unless throw is False.
     :raises ValueError: for a tolerance, damping or number of iterations that is not positive.
@@ -114,22 +120,12 @@ def fixed_point(
     >>> fixed_point(lambda x: x - target * x.cos(), torch.zeros(2, 1), tolerance=1e-6).converged.tolist()
     [True, True]
     """
-    result = _iterate(lambda x: -residual(x), x, tolerance, scale, max_iterations, max_rate, first_rate, damping)
-    return _finish(lambda x: (residual(x), torch.ones_like(x)), result, throw)
+    iteration = _Iteration(**options)
+    result = iteration.run(lambda x: -residual(x), x)
+    return _finish(lambda x: (residual(x), torch.ones_like(x)), result, iteration.throw)
 
 
-def jacobi_newton(
-    residual: ResidualWithDiagonal,
-    x: Tensor,
-    *,
-    tolerance: float = 1e-8,
-    scale: Tensor | None = None,
-    max_iterations: int = 100,
-    max_rate: float = 1.0,
-    first_rate: Tensor | float = 0.5,
-    damping: float = 1.0,
-    throw: bool = True,
-) -> RootResult:
+def jacobi_newton(residual: ResidualWithDiagonal, x: Tensor, **options: Unpack[RootOptions]) -> RootResult:
     r"""
     Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega F(x) / D F(x)`, elementwise.
 
@@ -137,7 +133,7 @@ def jacobi_newton(
     first one is taken in its place; a sample in which it is 0 or not finite from the first is given up.
 
     :param residual: maps x with shape ``(*, d)`` to F and the diagonal of its Jacobian, both with that shape.
-    :param Tensor x: where to begin, with shape ``(*, d)``; the other parameters are those of :func:`fixed_point`.
+    :param Tensor x: where to begin, with shape ``(*, d)``.
 
     Example usage:
 
@@ -145,9 +141,9 @@ def jacobi_newton(
     >>> jacobi_newton(lambda x: (x**2 - a, 2 * x), torch.ones(2), tolerance=1e-6).value
     tensor([1.4142, 1.7321])
     """
-    update = _Jacobi(residual)
-    result = _iterate(update, x, tolerance, scale, max_iterations, max_rate, first_rate, damping)
-    return _finish(residual, result, throw, "diagonal of the Jacobian" if update.is_spoilt else None)
+    iteration, update = _Iteration(**options), _Jacobi(residual)
+    result = iteration.run(update, x)
+    return _finish(residual, result, iteration.throw, "diagonal of the Jacobian" if update.is_spoilt else None)
 
 
 def newton(
@@ -155,20 +151,14 @@ def newton(
     x: Tensor,
     *,
     inverse: Callable[[Tensor], Tensor] | None = None,
-    tolerance: float = 1e-8,
-    scale: Tensor | None = None,
-    max_iterations: int = 100,
-    max_rate: float = 1.0,
-    first_rate: Tensor | float = 0.5,
-    damping: float = 1.0,
-    throw: bool = True,
+    **options: Unpack[RootOptions],
 ) -> RootResult:
     r"""
     Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega (\partial F / \partial x)^{-1} F(x)` with the dense
     Jacobian of each sample. Entries that are not finite where F is are replaced by difference quotients.
 
     :param residual: maps x with shape ``(*, d)`` to F with that shape, each sample by itself.
-    :param Tensor x: where to begin, with shape ``(*, d)``; the other parameters are those of :func:`fixed_point`.
+    :param Tensor x: where to begin, with shape ``(*, d)``.
     :param inverse: maps F to the solution of a linear system with an approximate Jacobian that was factorised before;
         None for the Jacobian of every iterate, by automatic differentiation.
 
@@ -178,8 +168,7 @@ def newton(
     >>> newton(lambda x: x * x.flip(-1).exp() - a, torch.zeros(1, 2), tolerance=1e-6).converged.tolist()
     [True]
     """
-
-    spoilt = False
+    iteration, spoilt = _Iteration(**options), False
 
     def update(x: Tensor) -> Tensor:
         nonlocal spoilt
@@ -189,13 +178,13 @@ def newton(
         matrix = jacobian(residual, x)
         if not bool(matrix.isfinite().all()):
             spoilt |= bool((~matrix.isfinite().flatten(-2).all(-1) & f.isfinite().all(-1)).any())
-            smallest = tolerance if scale is None else tolerance * scale
+            smallest = iteration.tolerance * (1.0 if iteration.scale is None else iteration.scale)
             matrix = fill_by_differences(matrix, residual, x, f, smallest)
         solution, info = torch.linalg.solve_ex(matrix, f.unsqueeze(-1))
         return -solution.squeeze(-1).masked_fill(info.unsqueeze(-1) != 0, math.inf)
 
-    result = _iterate(update, x, tolerance, scale, max_iterations, max_rate, first_rate, damping)
-    return _finish(lambda x: (residual(x), None), result, throw, "Jacobian" if spoilt else None)
+    result = iteration.run(update, x)
+    return _finish(lambda x: (residual(x), None), result, iteration.throw, "Jacobian" if spoilt else None)
 
 
 class _Jacobi:
@@ -204,7 +193,7 @@ class _Jacobi:
     def __init__(self, residual: ResidualWithDiagonal) -> None:
         self._residual = residual
         self._first: Tensor | None = None
-        #: Whether a first diagonal was not finite where F was.
+        #: True if the first diagonal was not finite where F was.
         self.is_spoilt = False
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -217,61 +206,55 @@ class _Jacobi:
         return torch.where(f == 0, 0.0, torch.where(safe.isfinite(), -f / safe, math.inf))
 
 
-def _iterate(
-    update: Callable[[Tensor], Tensor],
-    x: Tensor,
-    tolerance: float,
-    scale: Tensor | None,
-    max_iterations: int,
-    max_rate: float,
-    first_rate: Tensor | float,
-    damping: float,
-) -> RootResult:
-    for name, value in (("tolerance", tolerance), ("damping", damping), ("max_iterations", max_iterations)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, but got {value}")
-    with torch.no_grad():
-        return _iterate_samples(update, x.detach(), tolerance, scale, max_iterations, max_rate, first_rate, damping)
+@dataclass(frozen=True)
+class _Iteration:
+    """The iteration by which a root is found, sample by sample; its settings are those of :class:`RootOptions`."""
 
+    tolerance: float = 1e-8
+    scale: Tensor | None = None
+    max_iterations: int = 100
+    max_rate: float = 1.0
+    first_rate: Tensor | float = 0.5
+    damping: float = 1.0
+    throw: bool = True
 
-def _iterate_samples(
-    update: Callable[[Tensor], Tensor],
-    x: Tensor,
-    tolerance: float,
-    scale: Tensor | None,
-    max_iterations: int,
-    max_rate: float,
-    first_rate: Tensor | float,
-    damping: float,
-) -> RootResult:
-    active = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    converged, slow = torch.zeros_like(active), torch.zeros_like(active)
-    iterations = torch.zeros_like(active, dtype=torch.long)
-    rate = x.new_zeros(active.shape)
-    last: Tensor | None = None
-    for _ in range(max_iterations):
-        dx = damping * update(x)
-        size, finest = _norm(dx, scale), 4 * torch.finfo(x.dtype).eps * _norm(x, scale)
-        finite = size.isfinite()
-        x = torch.where((active & finite).unsqueeze(-1), x + dx, x)
-        iterations += active
-        theta = (
-            torch.as_tensor(first_rate).to(size).expand_as(size)
-            if last is None
-            else torch.where(last > 0, size / last, 0.0)
-        )
-        left = torch.where(theta < 1, theta / (1 - theta), math.inf) * size
-        done = active & finite & ((left <= tolerance) | (size <= finest))
-        too_slow = torch.zeros_like(slow) if last is None else theta >= max_rate
-        if last is not None:
-            rate = torch.where(active, theta, rate)
-        rate = torch.where(active & ~finite, math.inf, rate)
-        converged |= done
-        active = active & finite & ~done & ~(slow & too_slow)
-        slow, last = too_slow, size
-        if not bool(active.any()):
-            break
-    return RootResult(x, iterations, converged, rate)
+    def __post_init__(self) -> None:
+        for name in ("tolerance", "damping", "max_iterations"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, but got {getattr(self, name)}")
+
+    @torch.no_grad()
+    def run(self, update: Callable[[Tensor], Tensor], x: Tensor) -> RootResult:
+        """Adds the damped update to x until all samples have converged or are given up; without gradients."""
+        x = x.detach()
+        active = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        converged, slow = torch.zeros_like(active), torch.zeros_like(active)
+        iterations = torch.zeros_like(active, dtype=torch.long)
+        rate = x.new_zeros(active.shape)
+        last: Tensor | None = None
+        for _ in range(self.max_iterations):
+            dx = self.damping * update(x)
+            size, finest = _norm(dx, self.scale), 4 * torch.finfo(x.dtype).eps * _norm(x, self.scale)
+            finite = size.isfinite()
+            x = torch.where((active & finite).unsqueeze(-1), x + dx, x)
+            iterations += active
+            theta = (
+                torch.as_tensor(self.first_rate).to(size).expand_as(size)
+                if last is None
+                else torch.where(last > 0, size / last, 0.0)
+            )
+            left = torch.where(theta < 1, theta / (1 - theta), math.inf) * size
+            done = active & finite & ((left <= self.tolerance) | (size <= finest))
+            too_slow = torch.zeros_like(slow) if last is None else theta >= self.max_rate
+            if last is not None:
+                rate = torch.where(active, theta, rate)
+            rate = torch.where(active & ~finite, math.inf, rate)
+            converged |= done
+            active = active & finite & ~done & ~(slow & too_slow)
+            slow, last = too_slow, size
+            if not bool(active.any()):
+                break
+        return RootResult(x, iterations, converged, rate)
 
 
 def _norm(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -300,7 +283,7 @@ def _finish(
     if not torch.is_grad_enabled():
         return result
     value = attach(function(result.value)[0], result.value, function)
-    # What is no root has no derivative.
+    # Samples that did not converge get no gradient.
     value = torch.where(result.converged.unsqueeze(-1), value, result.value)
     return RootResult(value, result.iterations, result.converged, result.rate)
 
@@ -323,7 +306,7 @@ def attach(residual: Tensor, root: Tensor, function: Callable[[Tensor], tuple[Te
         x = root.detach().requires_grad_()
         f, diagonal = function(x)
 
-    def pull(gradient: Tensor | None) -> Tensor | None:
+    def vjp(gradient: Tensor | None) -> Tensor | None:
         if gradient is None:  # nothing depends on the root
             return None
         if torch.is_grad_enabled():
@@ -331,7 +314,7 @@ def attach(residual: Tensor, root: Tensor, function: Callable[[Tensor], tuple[Te
         return _solve_transposed(f, x, None if diagonal is None else diagonal.detach(), gradient)
 
     attached = root - (residual - residual.detach())
-    attached.register_hook(pull)
+    attached.register_hook(vjp)
     return attached
 
 

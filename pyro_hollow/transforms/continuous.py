@@ -5,31 +5,22 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
-import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.distributions import Transform
-from torch.distributions.transforms import _InverseTransform
-from typing_extensions import Self
 
 from pyro_hollow.nn.arguments import closest_keywords
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.ode.monitor import ADVICE, blame_parameters
 from pyro_hollow.ode.runge_kutta import is_batched
 
-__all__ = ["ConditionalCNF", "ConditionedCNF", "Dynamics", "Field"]
+from .cache import CachedTransform, breaks_graph, module_tensors
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+__all__ = ["ConditionalCNF", "ConditionedCNF", "Dynamics", "Field"]
 
 
 class Field(Protocol):
@@ -39,33 +30,6 @@ class Field(Protocol):
 
     def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(f, divergence)`` with shapes ``(*, d)`` and ``(*,)`` for a scalar time and a state of shape ``(*, d)``."""
-
-
-def _breaks_graph(method: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Has torch.compile break its graph around a method and run that as it is: the steps depend on values."""
-    # torch.compiler.disable would import torch._dynamo at once, which takes longer than all else that is imported.
-    disabled = _disable_dynamo(method)
-
-    @functools.wraps(method)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else method(*args, **kwargs)
-
-    return call
-
-
-class _InverseCNF(_InverseTransform):
-    """The inverse of a flow, which gives value and log-determinant together, too."""
-
-    def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Value and log-determinant of the inverse by one solve.
-
-        :param Tensor y: the input with shape ``(*, d)``.
-        :returns: x with shape ``(*, d)`` and the log-determinant of its Jacobian with shape ``(*,)``.
-        """
-        assert isinstance(self._inv, ConditionedCNF)
-        x, ladj = self._inv._inverse_and_ladj(y)
-        return x, -ladj
 
 
 class _Augmented:
@@ -116,52 +80,6 @@ class Dynamics(Protocol):
         """The time derivatives of the parts of the state."""
 
 
-class _Stamp:
-    """A record of all that must not have changed for a cached pair to be right."""
-
-    def __init__(self, tensors: tuple[Tensor, ...], settings: tuple[Any, ...]) -> None:
-        self._tensors = tensors
-        # Type and device, as Module.to() moves parameters without a new version.
-        self._states = [(t.requires_grad, t.dtype, t.device) for t in tensors]
-        # Tensors made in inference mode do not count their changes.
-        self._versions = None if any(t.is_inference() for t in tensors) else [t._version for t in tensors]
-        self._settings = (torch.is_grad_enabled(), *settings)
-
-    def matches(self, other: _Stamp) -> bool:
-        """True if nothing has changed from one stamp to the other."""
-        return (
-            self._versions is not None
-            and self._versions == other._versions
-            and self._states == other._states
-            and _same(self._tensors, other._tensors)
-            and _same(self._settings, other._settings)
-        )
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, in a fraction of the time that Module takes to name them."""
-    tensors: list[Tensor | None] = []
-    modules: list[nn.Module | None] = [module]
-    for each in modules:
-        if each is not None:
-            tensors += (*each._parameters.values(), *each._buffers.values())
-            modules += each._modules.values()
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def _same(objects: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    return all(a is b for a, b in zip(objects, others, strict=True))
-
-
-class _Cached(NamedTuple):
-    x: Tensor
-    y: Tensor
-    ladj: Tensor
-    extras: tuple[Tensor, ...]
-    stamp: _Stamp
-    from_inverse: bool
-
-
 class _Record:
     """Holds the statistics of the latest solve, shared by a conditional flow and what it makes of contexts."""
 
@@ -183,7 +101,7 @@ class _HasSolver:
         vars(self)["solver"] = Solver.of(solver)
 
 
-class ConditionedCNF(_HasSolver, Transform):
+class ConditionedCNF(_HasSolver, CachedTransform):
     r"""
     A continuous normalizing flow with its context, if any, fixed,
 
@@ -211,11 +129,6 @@ class ConditionedCNF(_HasSolver, Transform):
         and for inputs that are not finite.
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-    sign = +1
-
     @closest_keywords()
     def __init__(
         self,
@@ -233,7 +146,6 @@ class ConditionedCNF(_HasSolver, Transform):
         self.solver = Solver() if solver is None else solver
         self.time = float(time)
         self._record = _Record()
-        self._cached: _Cached | None = None
 
     def _bind(self) -> Field:
         """Makes the vector field for one solve."""
@@ -248,40 +160,7 @@ class ConditionedCNF(_HasSolver, Transform):
         """Statistics of the latest solve; None before the first."""
         return self._record.last
 
-    @property
-    def inv(self) -> _InverseCNF:
-        """The inverse. Made anew each time: a stored one would form a cycle that keeps graphs alive."""
-        return _InverseCNF(self)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        return self._inverse_and_ladj(y)[0]
-
-    @_breaks_graph
-    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        cached = self._lookup(y=y)
-        if cached is None:
-            x, integral, *extras = self._integrate(y, self.time, 0.0)
-            cached = self._store(x, y, -integral, tuple(-extra for extra in extras), from_inverse=True)
-        return cached.x, cached.ladj
-
-    @_breaks_graph
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Value and log-determinant by one solve.
-
-        :param Tensor x: the input with shape ``(*, d)``.
-        :returns: y with shape ``(*, d)`` and the log-determinant of its Jacobian with shape ``(*,)``.
-        """
-        cached = self._lookup(x=x)
-        if cached is None:
-            y, ladj, *extras = self._integrate(x, 0.0, self.time)
-            cached = self._store(x, y, ladj, tuple(extras), from_inverse=False)
-        return cached.y, cached.ladj
-
-    @_breaks_graph
+    @breaks_graph
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""
         Value, log-determinant and score by one solve. The score :math:`s = \nabla \log p` of the density that the
@@ -305,46 +184,15 @@ class ConditionedCNF(_HasSolver, Transform):
                 f"but got {tuple(score.shape)} and {score.dtype}"
             )
         y, ladj, score = self._integrate(x, 0.0, self.time, score.detach())
-        self._store(x, y, ladj, (), from_inverse=False)
+        self._store(x, y, (ladj,))
         return y, ladj, score.detach()
 
-    @_breaks_graph
-    def _call(self, x: Tensor) -> Tensor:
-        """
-        :param x: the input into the bijection
-        :type x: torch.Tensor
+    def _transform(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self._integrate(x, 0.0, self.time)
 
-        Invokes the bijection x=>y, past the cache.
-        """
-        return self._integrate(x, 0.0, self.time)[0]
-
-    @_breaks_graph
-    def _inverse(self, y: Tensor) -> Tensor:
-        """
-        :param y: the output of the bijection
-        :type y: torch.Tensor
-
-        Inverts y => x by integrating backward in time, past the cache.
-        """
-        return self._integrate(y, self.time, 0.0)[0]
-
-    @_breaks_graph
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """
-        Calculates the logarithm of the absolute value of the determinant of the Jacobian, at no cost for the pair of
-        the latest call and by one solve for any other.
-
-        :param Tensor x: the input with shape ``(*, d)``.
-        :param Tensor y: the output for that input.
-        :returns: the log-determinant with shape ``(*,)``.
-        """
-        cached = self._lookup(x=x, y=y)
-        if cached is None:
-            return self._integrate(x, 0.0, self.time)[1]
-        if cached.from_inverse:
-            # log_prob has all it needs. When it scores the same data again, parameters may have changed unseen.
-            self.clear_cache()
-        return cached.ladj
+    def _invert(self, y: Tensor) -> tuple[Tensor, ...]:
+        x, *integrals = self._integrate(y, self.time, 0.0)
+        return x, *map(torch.neg, integrals)
 
     def _integrate(self, state: Tensor, t0: float, t1: float, score: Tensor | None = None) -> tuple[Tensor, ...]:
         """
@@ -390,65 +238,12 @@ class ConditionedCNF(_HasSolver, Transform):
             _check_finite("context", self.context, self.nn)
         _check_finite("input", x, self.nn)
 
-    def clear_cache(self) -> None:
-        """Forgets the latest pair."""
-        self._cached = None
-
-    def with_cache(self, cache_size: int = 1) -> Self:
-        """
-        A transform that shares the network.
-
-        :param int cache_size: 0 or 1.
-        :raises ValueError: for any other size.
-        """
-        if cache_size not in (0, 1):
-            raise ValueError(f"cache_size must be 0 or 1, but got {cache_size}")
-        if cache_size == self._cache_size:
-            return self
-        sibling = copy.copy(self)
-        for name in ("_modules", "_parameters", "_buffers"):  # of a Module, whose registers would be shared
-            if name in sibling.__dict__:
-                sibling.__dict__[name] = sibling.__dict__[name].copy()
-        sibling._cache_size = cache_size
-        return sibling
+    def _tensors(self) -> list[Tensor]:
+        tensors = module_tensors(self.nn)
+        return tensors if self.context is None else [*tensors, self.context]
 
     def _settings(self) -> tuple[Any, ...]:
-        """Settings that decide the result besides tensors."""
         return self.solver, self.time
-
-    def _stamp(self, x: Tensor, y: Tensor) -> _Stamp:
-        context = () if self.context is None else (self.context,)
-        return _Stamp((*_tensors(self.nn), *context, x, y), self._settings())
-
-    def _lookup(self, x: Tensor | None = None, y: Tensor | None = None) -> _Cached | None:
-        cached = self._cached
-        if cached is None or (x is not None and x is not cached.x) or (y is not None and y is not cached.y):
-            return None
-        return cached if cached.stamp.matches(self._stamp(cached.x, cached.y)) else None
-
-    def _store(self, x: Tensor, y: Tensor, ladj: Tensor, extras: tuple[Tensor, ...], from_inverse: bool) -> _Cached:
-        cached = _Cached(x, y, ladj, extras, self._stamp(x, y), from_inverse)
-        level = torch._C._functorch.maybe_current_level()
-        # Within a transform of torch.func results are wrapped, even for an input that outlives it.
-        outlives = level is not None and torch._C._functorch.maybe_get_level(y if from_inverse else x) != level
-        if self._cache_size == 0 or outlives:
-            return cached
-        self._cached = cached
-        # A second backward pass through the pair's graph would fail. The hook must not keep the transform alive.
-        reference = weakref.ref(self)
-
-        def forget(gradient: Tensor) -> None:
-            transform = reference()
-            if transform is not None:
-                transform.clear_cache()
-
-        for tensor in (x if from_inverse else y, ladj, *extras):
-            if tensor.requires_grad and tensor.grad_fn is not None:
-                tensor.register_hook(forget)
-        return cached
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cached": None, "_inv": None}
 
 
 def _check_finite(name: str, value: Tensor, network: nn.Module) -> None:

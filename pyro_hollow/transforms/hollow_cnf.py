@@ -128,10 +128,10 @@ class ConditionedHollowCNF(ConditionedCNF):
 
         :raises AttributeError: without ``regularize=True``, and if there is no latest pair.
         """
-        cached = self._lookup() if self.regularize else None
-        if cached is None or not cached.extras:
+        pair = self._lookup() if self.regularize else None
+        if pair is None or len(pair.results) < 2:
             raise AttributeError(_no_regularization(self.regularize))
-        return Regularization(*cached.extras[0].unbind(-1))
+        return Regularization(*pair.results[1].unbind(-1))
 
     def __getattr__(self, name: str) -> Any:
         # Reached when the property has raised, too; that of a module would say that there is no such attribute.

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
@@ -12,13 +14,14 @@ from pyro.distributions.util import copy_docs_from
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from .cached import CachedTransform, apply
+from .cache import breaks_graph
+from .closed_form import ClosedFormTransform, matvec
 
 __all__ = ["ConditionalLowRankLinear", "ConditionedLowRankLinear", "conditional_low_rank_linear"]
 
 
 @copy_docs_from(Transform)
-class ConditionedLowRankLinear(CachedTransform):
+class ConditionedLowRankLinear(ClosedFormTransform):
     r"""
     The linear map :math:`\mathbf{y} = (I + U V^T) \mathbf{x}` whose context is fixed, as
     :meth:`ConditionalLowRankLinear.condition` returns it. Determinant and inverse take matrices of size r alone, by the
@@ -28,27 +31,20 @@ class ConditionedLowRankLinear(CachedTransform):
     :param Tensor context: the context with shape ``(*, context_dim)``.
     """
 
-    def _inv_call(self, y: Tensor) -> Tensor:
-        cached = self._lookup()
-        # A pair without gradients is of no use where they are wanted.
-        if cached is None or y is not cached.y or (torch.is_grad_enabled() and not cached.grad_mode):
-            return self._inverse(y)
-        return cached.x
+    def _transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(x)
+        u, v, small = self.flow._factors(self.context)
+        return x + matvec(u, matvec(v.mT, x)), small
 
-    def _inverse(self, y: Tensor) -> Tensor:
-        """
-        :param y: the output of the bijection
-        :type y: torch.Tensor
-
-        Inverts y => x, in closed form.
-        """
+    def _invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(y)
         u, v, small = self.flow._factors(self.context)
-        return y - apply(u, _solve(small, apply(v.mT, y)))
+        return y - matvec(u, _solve(small, matvec(v.mT, y))), small
 
-    def _transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _map(x, *self.flow._factors(self.context))
+    def _ladj(self, x: Tensor, results: Sequence[Tensor]) -> Tensor:
+        return torch.linalg.slogdet(results[0]).logabsdet.expand(x.shape[:-1])
 
+    @breaks_graph
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""
         The value, the log-determinant and the score of the density that is carried along,
@@ -64,14 +60,10 @@ class ConditionedLowRankLinear(CachedTransform):
         if score.shape != x.shape:
             raise ValueError(f"score must have the shape of x, {tuple(x.shape)}, but got {tuple(score.shape)}")
         u, v, small = self.flow._factors(self.context)
-        cached = self._store(x, *_map(x, u, v, small))
+        y = x + matvec(u, matvec(v.mT, x))
+        self._store(x, y, (small,))
         with torch.no_grad():
-            return cached.y, cached.ladj, score - apply(v, _solve(small.mT, apply(u.mT, score)))
-
-
-def _map(x: Tensor, u: Tensor, v: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
-    log_det = torch.linalg.slogdet(small).logabsdet
-    return x + apply(u, apply(v.mT, x)), log_det.expand(x.shape[:-1])
+            return y, self._ladj(x, (small,)), score - matvec(v, _solve(small.mT, matvec(u.mT, score)))
 
 
 def _solve(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -5,20 +5,18 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyro.distributions import TransformModule, constraints
 from pyro.distributions.conditional import ConditionalTransform, ConditionalTransformModule
 from pyro.distributions.util import copy_docs_from
 from torch import Tensor
 from torch.distributions import Transform
-from torch.distributions.transforms import _InverseTransform
 from typing_extensions import Self
 
 from pyro_hollow.nn.standardization import Standardization, location_and_scale
 
-from .continuous import _Stamp, _tensors
+from .cache import CachedTransform, breaks_graph, module_tensors
 
 __all__ = [
     "ConditionalStandardizedFlow",
@@ -28,29 +26,7 @@ __all__ = [
 ]
 
 
-class _Pair(NamedTuple):
-    z: Tensor
-    y: Tensor
-    stamp: _Stamp
-
-
-class _InverseStandardized(_InverseTransform):
-    """The inverse of a standardised flow, which gives value and log-determinant together where the flow's does."""
-
-    def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Value and log-determinant of the inverse.
-
-        :param Tensor y: the input with shape ``(*, d)``, in the units of the data.
-        :returns: x with shape ``(*, d)`` and the log-determinant of its Jacobian with shape ``(*,)``.
-        """
-        flow = self._inv
-        assert isinstance(flow, ConditionedStandardizedFlow)
-        x, ladj = flow.flow.inv.call_and_ladj(flow._to_z(y))
-        return x, ladj - flow.units.log_scale()
-
-
-class ConditionedStandardizedFlow(Transform):
+class ConditionedStandardizedFlow(CachedTransform):
     r"""
     A flow behind which a fixed affine map goes from standard units to those of the data,
 
@@ -65,31 +41,25 @@ class ConditionedStandardizedFlow(Transform):
     :param Standardization units: the location l and the scale s.
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
     def __init__(self, flow: Transform, units: Standardization) -> None:
         super().__init__(cache_size=getattr(flow, "_cache_size", 0))
         self.flow: Any = flow
         self.units = units
-        self._pair: _Pair | None = None
 
     @property
     def sign(self) -> int:
         """The sign of the flow's Jacobian determinant."""
         return self.flow.sign
 
-    @property
-    def inv(self) -> _InverseStandardized:
-        """The inverse. Made anew each time: a stored one would form a cycle that keeps graphs alive."""
-        return _InverseStandardized(self)
-
     def __call__(self, x: Tensor) -> Tensor:
         return self._to_y(self.flow(x))
 
     def _inv_call(self, y: Tensor) -> Tensor:
         return self.flow.inv(self._to_z(y))
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self.flow.inv.call_and_ladj(self._to_z(y))
+        return x, self.units.log_scale() - ladj
 
     def _call(self, x: Tensor) -> Tensor:
         """
@@ -144,7 +114,7 @@ class ConditionedStandardizedFlow(Transform):
 
     def clear_cache(self) -> None:
         """Forgets the latest pair, and the flow's."""
-        self._pair = None
+        super().clear_cache()
         self.flow.clear_cache()
 
     def with_cache(self, cache_size: int = 1) -> Self:
@@ -164,40 +134,26 @@ class ConditionedStandardizedFlow(Transform):
             )
         return y
 
+    # The pairs of the cache are those of the affine map alone, of z = T(x) and y.
+
+    @breaks_graph
     def _to_y(self, z: Tensor) -> Tensor:
-        if (pair := self._latest()) is None or pair.z is not z:
-            pair = self._remember(z, self.units.inverse(z))
-        return pair.y
+        if (pair := self._lookup(x=z)) is not None:
+            return pair.y
+        y = self.units.inverse(z)
+        self._store(z, y, ())
+        return y
 
+    @breaks_graph
     def _to_z(self, y: Tensor) -> Tensor:
-        if (pair := self._latest()) is None or pair.y is not y:
-            pair = self._remember(self.units(self._checked(y)), y)
-            if pair.z.requires_grad:
-                # A second backward pass through the graph of z would fail. The hook must not keep the transform alive.
-                reference = weakref.ref(self)
+        if (pair := self._lookup(y=y)) is not None:
+            return pair.x
+        z = self.units(self._checked(y))
+        self._store(z, y, (), from_inverse=True)
+        return z
 
-                def forget(gradient: Tensor) -> None:
-                    transform = reference()
-                    if transform is not None:
-                        transform._pair = None
-
-                pair.z.register_hook(forget)
-        return pair.z
-
-    def _stamp(self, z: Tensor, y: Tensor) -> _Stamp:
-        return _Stamp((self.units.loc, self.units.scale, z, y), ())
-
-    def _remember(self, z: Tensor, y: Tensor) -> _Pair:
-        pair = _Pair(z, y, self._stamp(z, y))
-        self._pair = pair if self._cache_size else None
-        return pair
-
-    def _latest(self) -> _Pair | None:
-        pair = self._pair
-        return pair if pair is not None and pair.stamp.matches(self._stamp(pair.z, pair.y)) else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pair": None, "_inv": None}
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.units.loc, self.units.scale
 
 
 @copy_docs_from(TransformModule)
@@ -311,7 +267,7 @@ def _check(flow: Any, name: str, size: str, value: Tensor) -> None:
         raise ValueError(
             f"{name} must have a last dimension of size {expected} as the flow has, but got {value.shape[-1]}"
         )
-    floating = next((p for p in _tensors(flow) if p.is_floating_point()), value)
+    floating = next((p for p in module_tensors(flow) if p.is_floating_point()), value)
     if (floating.dtype, floating.device) != (value.dtype, value.device):
         raise ValueError(
             f"{name} is {value.dtype} on {value.device}, but the flow {floating.dtype} on {floating.device}; convert "

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NoReturn
+
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.nn import functional as F
 
-from .cached import CachedTransform, apply
+from .cache import breaks_graph
+from .closed_form import ClosedFormTransform, matvec
 
 __all__ = ["ConditionalSylvester", "ConditionedSylvester", "conditional_sylvester"]
 
@@ -53,7 +57,7 @@ KINDS = {"orthogonal": orthonormalize, "householder": reflections}
 
 
 @copy_docs_from(Transform)
-class ConditionedSylvester(CachedTransform):
+class ConditionedSylvester(ClosedFormTransform):
     """
     A Sylvester flow whose context is fixed, as :meth:`ConditionalSylvester.condition` returns it.
 
@@ -65,16 +69,19 @@ class ConditionedSylvester(CachedTransform):
     :param Tensor context: the context with shape ``(*, context_dim)``.
     """
 
-    def _inv_call(self, y: Tensor) -> Tensor:
-        cached = self._lookup()
-        if cached is None or y is not cached.y:
-            return self._inverse(y)
-        # Who inverts wants the log-determinant of this very pair next: one with a gradient would be wrong where x,
-        # drawn without, has lost its own.
-        self._cached = cached._replace(grad_mode=torch.is_grad_enabled())
-        return cached.x
+    _keeps_all = True
 
-    def _inverse(self, y: Tensor) -> Tensor:
+    @breaks_graph
+    def _evaluate_inverse(self, y: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        pair = self._cache.latest
+        if pair is None or y is not pair.y or not pair.depends_on(self._tensors()):
+            self._inverse(y)
+        # The log-determinant of this very pair comes next. If x was drawn under no_grad, it must not carry a gradient.
+        reusable = pair.reusable or y.is_inference()
+        self._cache.latest = pair._replace(settings=(torch.is_grad_enabled(),), reusable=reusable)
+        return pair.x, pair.results if reusable else self._transform(pair.x)[1:]
+
+    def _inverse(self, y: Tensor) -> NoReturn:
         """
         :param y: the output of the bijection
         :type y: torch.Tensor
@@ -87,9 +94,10 @@ class ConditionedSylvester(CachedTransform):
         )
 
     def _transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(x)
         q, r1, r2, bias = self.flow._factors(self.context)
-        act = (apply(r2, apply(q.mT, x)) + bias).tanh()
-        y = x + apply(q, apply(r1, act))
+        act = (matvec(r2, matvec(q.mT, x)) + bias).tanh()
+        y = x + matvec(q, matvec(r1, act))
         slope = 1 - act.square()
         return y, torch.log1p(slope * r1.diagonal(dim1=-2, dim2=-1) * r2.diagonal(dim1=-2, dim2=-1)).sum(-1)
 

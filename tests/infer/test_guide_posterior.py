@@ -241,3 +241,16 @@ def test_a_posterior_is_not_kept_alive(backward, dtype):
     del made, z, loss
     gc.collect()
     assert known() is None
+
+
+def test_a_sample_that_was_edited_is_scored_anew():
+    loc = torch.randn(3, requires_grad=True)
+    transforms = [Tails(torch.rand(3, 2)), Affine(loc, torch.randn(3), torch.randn(3, 3).tril(-1))]
+    made = Posterior(normal(6, 3), transforms)
+    z = made.rsample()
+    before = made.log_prob(z)
+    with torch.no_grad():
+        z.mul_(1.5)
+    after = made.log_prob(z)
+    assert (after - before).abs().max() > 0.1
+    assert_close(after, Posterior(normal(6, 3), transforms).log_prob(z.clone()))

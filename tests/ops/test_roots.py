@@ -153,6 +153,12 @@ def test_invalid_settings_are_named(solve, name):
         solve(Smooth(), torch.zeros(3, 2, 4), **{name: 0})
 
 
+@solvers
+def test_unknown_settings_are_named(solve):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'atol'"):
+        solve(Smooth(), torch.zeros(3, 2, 4), atol=1e-3)
+
+
 def test_errors_can_be_sent_to_another_process():
     with pytest.raises(RootError) as raised:
         fixed_point(lambda x: 3 * x - 1, torch.zeros(1, 1))

@@ -214,7 +214,7 @@ def test_gradients_where_they_are_wanted():
     transform.requires_grad_(False)
     made = distribution(transform, torch.randn(3, CONTEXT_DIM))
     z = made.rsample()
-    assert made.transforms[0].inv(z) is made.transforms[0]._cached.x
+    assert made.transforms[0].inv(z) is made.transforms[0]._cache.latest.x
     z.requires_grad_()
     (score,) = torch.autograd.grad(made.log_prob(z).sum(), z)
     other = z.detach().clone().requires_grad_()
