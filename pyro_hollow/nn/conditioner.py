@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -12,9 +13,13 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from pyro_hollow.ops.stepper import Unsupported
+
 from .activations import Activation, get_activation
 from .arguments import check_widths, closest_keywords
-from .layout import columns, flatten_offset, flatten_time, project
+from .layout import add_offset, columns, flatten_offset, flatten_time, offset_at, project
+
+Saved = tuple[Tensor, ...]
 
 __all__ = [
     "BoundConditioner",
@@ -29,10 +34,17 @@ class BoundConditioner:
     r"""
     A conditioner with everything that does not depend on :math:`(t, x)` computed: ``h = bound(t, x)``.
 
+    Whoever writes :meth:`evaluate`, :meth:`vjp` and :meth:`accumulate` gets solves whose gradients are taken by hand.
+    There tensors are coordinate-major, ``(d, batch)`` and ``(d, units, batch)``, and carry no graph.
+
     :param function: maps time and inputs of shape ``(*, d)`` to hidden units of shape ``(*, d, d_h)``.
     :param tensors: the tensors whose gradients determine those of the parameters and of the context; none of them may
         depend on another.
     """
+
+    #: The largest error, in tolerances, with which a step over a whole interval passes. Smaller where estimates of the
+    #: error are often too small by chance: a rejected step costs more than it gains elsewhere.
+    trust = 0.1
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], tensors: Sequence[Tensor]) -> None:
         self._function = function
@@ -40,6 +52,46 @@ class BoundConditioner:
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         return self._function(t, x)
+
+    def flattened(self, batch_shape: torch.Size) -> BoundConditioner:
+        """
+        The conditioner for states of this batch shape, with offsets of shape ``(units, 1 or batch)``.
+
+        :raises Unsupported: for a conditioner that has no derivatives by hand.
+        """
+        raise Unsupported("the conditioner has no vector-Jacobian product by hand")
+
+    def evaluate(self, t: float, x: Tensor) -> tuple[Tensor, Saved]:
+        """
+        Evaluates the conditioner.
+
+        :param float t: time.
+        :param Tensor x: inputs with shape ``(d, batch)``.
+        :returns: hidden units with shape ``(d, d_h, batch)``, and tensors for :meth:`vjp`.
+        """
+        raise NotImplementedError
+
+    def vjp(self, saved: Saved, h_bar: Tensor, x_bar: Tensor) -> tuple[Tensor, Saved]:
+        """
+        The vector-Jacobian product of an evaluation.
+
+        :param saved: tensors of :meth:`evaluate`.
+        :param Tensor h_bar: the gradient of the hidden units with shape ``(d, d_h, batch)``.
+        :param Tensor x_bar: the gradient of x by another path, to be added to.
+        :returns: the gradient of x with shape ``(d, batch)``, and tensors for :meth:`accumulate`, whose last dimension
+            is the batch.
+        """
+        raise NotImplementedError
+
+    def accumulate(self, times: Tensor, operands: Saved, sums: Sequence[Tensor]) -> None:
+        """
+        Adds the gradients of the tensors.
+
+        :param Tensor times: the times of the evaluations.
+        :param operands: tensors of :meth:`vjp`, those of several evaluations side by side in the last dimension.
+        :param sums: of the shapes of the tensors, with flattened offsets.
+        """
+        raise NotImplementedError
 
 
 class Conditioner(nn.Module):
@@ -126,8 +178,8 @@ class _Layers(nn.Module):
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.weights = nn.ParameterList([nn.Parameter(_uniform((groups, out, inp + 1), inp)) for inp, out in pairs])
 
-    def bind(self, s: Activation, masks: Sequence[Tensor] = ()) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (bias, weight), masked, with the affine part of the activation worked in; see Activation."""
+    def bind(self, s: Activation, masks: Sequence[Tensor] = ()) -> _BoundLayers:
+        """The layers, masked, with the affine part of the activation worked in; see Activation."""
         bound = []
         for k, whole in enumerate(self.weights):
             weight, bias = whole[..., :-1], whole[..., -1:]
@@ -135,13 +187,46 @@ class _Layers(nn.Module):
                 weight = weight * masks[k]
             bias = torch.add(bias, weight.sum(-1, keepdim=True), alpha=s.shift) * s.rate if s.shift else bias * s.rate
             bound.append((bias, weight * (s.rate * s.scale)))
-        return bound
+        return _BoundLayers(s, bound)
 
 
-def _with_time(t: Tensor, x: Tensor) -> Tensor:
-    """``(*, d)`` to ``(d + 1, batch)``, with time as the last row."""
-    t, x = flatten_time(t, x), x.reshape(-1, x.shape[-1]).mT
-    return torch.cat([x, t.expand(1, x.shape[1])])
+class _BoundLayers:
+    """
+    Dense layers behind the units of a first one; see :class:`_Layers`.
+
+    :ivar pairs: bias and weight of each layer, with shapes ``(groups, units, 1)`` and ``(groups, units, inputs)``.
+    """
+
+    def __init__(self, activation: Activation, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.activation = activation
+        self.pairs = pairs
+        self.tensors = tuple(chain.from_iterable(pairs))
+
+    def evaluate(self, z: Tensor) -> tuple[Tensor, Saved]:
+        """The units of the last layer for arguments of the first units with shape ``(groups, units, batch)``."""
+        h = self.activation.apply(z)
+        saved = [z, h]
+        for bias, weight in self.pairs:
+            z = torch.baddbmm(bias, weight, h)
+            h = self.activation.apply(z)
+            saved += [z, h]
+        return h, tuple(saved)
+
+    def vjp(self, saved: Saved, h_bar: Tensor) -> tuple[Tensor, Saved]:
+        """The gradient of the first units' arguments, and for each layer its inputs and its arguments' gradient."""
+        operands: list[Tensor] = []
+        for k in range(len(self.pairs), 0, -1):
+            z_bar = self.activation.vjp(h_bar, *saved[2 * k : 2 * k + 2])
+            operands += [saved[2 * k - 1], z_bar]
+            h_bar = torch.bmm(self.pairs[k - 1][1].mT, z_bar)
+        return self.activation.vjp(h_bar, *saved[:2]), tuple(operands)
+
+    def accumulate(self, operands: Saved, sums: Sequence[Tensor]) -> None:
+        """See :meth:`BoundConditioner.accumulate`."""
+        for k in range(len(self.pairs)):
+            h, z_bar = operands[-2 * k - 2 :][:2]
+            sums[2 * k].add_(z_bar.sum(-1, keepdim=True))
+            sums[2 * k + 1].baddbmm_(z_bar, h.mT)
 
 
 def _from_columns(h: Tensor, batch_shape: Sequence[int]) -> Tensor:
@@ -191,44 +276,72 @@ class BoundDense(BoundConditioner):
 
     :ivar weight: of the first layer, with shape ``(groups * units, d + 1)``; its last column belongs to time.
     :ivar offset: of the first layer, with shape ``(groups * units, 1 or *context_batch)``.
-    :ivar layers: the later layers, as pairs (bias, weight).
+    :ivar layers: the later layers.
     :ivar groups: their number.
     :ivar streams: the number of groups that each coordinate gets a part of its hidden units from.
     """
+
+    trust = 1.0
+    _matrix: Tensor  # the parts of the weight, once flattened
+    _slope: Tensor
 
     def __init__(
         self,
         net: GroupedConditioner | MaskedConditioner,
         weight: Tensor,
-        layers: list[tuple[Tensor, Tensor]],
+        layers: _BoundLayers,
         context: Tensor | None,
     ) -> None:
         self.activation = s = net._activation
-        self.offset, time_weight = net.offset.bind(context, s.rate)
-        self.weight = torch.cat([weight * s.rate, time_weight], dim=1)
+        self.offset, slope = net.offset.bind(context, s.rate)
+        self.weight = torch.cat([weight * s.rate, slope], dim=1)
         self.layers = layers
         self.groups = net.groups
         self.streams = net.streams
-        self.tensors = (self.weight, self.offset, *chain.from_iterable(layers))
+        self.tensors = (self.weight, self.offset, *layers.tensors)
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        z = torch.addmm(flatten_offset(self.offset, 1, x.shape[:-1]), self.weight, _with_time(t, x))
-        h = self.activation.apply(z.unflatten(0, (self.groups, -1)))
-        for bias, weight in self.layers:
-            h = self.activation.apply(torch.baddbmm(bias, weight, h))
-        return _from_columns(self.by_coordinate(h), x.shape[:-1])
+        # Time may be one per sample: a row of the input instead of a part of the offset.
+        inputs = x.reshape(-1, x.shape[-1]).mT
+        inputs = torch.cat([inputs, flatten_time(t, x).expand(1, inputs.shape[1])])
+        z = torch.addmm(flatten_offset(self.offset, 1, x.shape[:-1]), self.weight, inputs)
+        h, _ = self.layers.evaluate(z.unflatten(0, (self.groups, -1)))
+        return _from_columns(h if self.streams == 1 else self._by_coordinate(h), x.shape[:-1])
 
-    def by_coordinate(self, h: Tensor) -> Tensor:
+    def flattened(self, batch_shape: torch.Size) -> BoundDense:
+        """See :meth:`BoundConditioner.flattened`."""
+        bound = copy.copy(self)
+        bound.offset = flatten_offset(self.offset, 1, batch_shape)
+        bound.tensors = (self.weight, bound.offset, *self.layers.tensors)
+        bound._matrix, bound._slope = self.weight.split([self.weight.shape[1] - 1, 1], dim=1)
+        return bound
+
+    def evaluate(self, t: float, x: Tensor) -> tuple[Tensor, Saved]:
+        """See :meth:`BoundConditioner.evaluate`."""
+        z = torch.addmm(torch.add(self.offset, self._slope, alpha=t), self._matrix, x)
+        h, saved = self.layers.evaluate(z.view(self.groups, -1, x.shape[1]))
+        return h if self.streams == 1 else self._by_coordinate(h), (x, *saved)
+
+    def vjp(self, saved: Saved, h_bar: Tensor, x_bar: Tensor) -> tuple[Tensor, Saved]:
+        """See :meth:`BoundConditioner.vjp`."""
+        z_bar, operands = self.layers.vjp(saved[1:], h_bar if self.streams == 1 else self._by_group(h_bar))
+        z_bar = z_bar.flatten(0, 1)
+        return torch.addmm(x_bar, self._matrix.mT, z_bar), (saved[0], z_bar, *operands)
+
+    def accumulate(self, times: Tensor, operands: Saved, sums: Sequence[Tensor]) -> None:
+        """See :meth:`BoundConditioner.accumulate`."""
+        (x, z_bar, *later), (weight_bar, offset_bar, *others) = operands, sums
+        weight_bar[:, :-1].addmm_(z_bar, x.mT)
+        add_offset(offset_bar, weight_bar[:, -1:], z_bar, times)
+        self.layers.accumulate(tuple(later), others)
+
+    def _by_coordinate(self, h: Tensor) -> Tensor:
         """``(groups, units, batch)`` to ``(d, d_h, batch)``, to which each stream contributes a part of d_h."""
-        if self.streams == 1:
-            return h
         d = self.weight.shape[1] - 1
         return h.unflatten(1, (d, h.shape[1] // d)).transpose(0, 1).flatten(1, 2)
 
-    def by_group(self, h: Tensor) -> Tensor:
-        """The inverse of :meth:`by_coordinate`."""
-        if self.streams == 1:
-            return h
+    def _by_group(self, h: Tensor) -> Tensor:
+        """The inverse of :meth:`_by_coordinate`."""
         return h.unflatten(1, (self.streams, h.shape[1] // self.streams)).transpose(0, 1).flatten(1, 2)
 
 
@@ -315,28 +428,75 @@ class LeaveOneOutConditioner(Conditioner):
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
         """See :meth:`Conditioner.bind`."""
-        s = self._activation
-        width = self.weight.shape[1]
-        weight = self.weight * s.rate
-        inner = self.offset.bind(context, s.rate)
-        outer = self.pool_offset.bind(context, s.rate)
-        pool_weight = self.pool_weight * (s.rate * s.scale)
-        shift = _sum_of_others(self.pool_weight.sum(-1, keepdim=True)) * (s.rate * s.shift)
-        layers = self.layers.bind(s)
+        return BoundLeaveOneOut(self, context)
 
-        def offset_at(t: Tensor, pair: tuple[Tensor, Tensor], batch_shape: torch.Size) -> Tensor:
-            return torch.addcmul(flatten_offset(pair[0], 1, batch_shape), pair[1], t).view(self.input_dim, width, -1)
 
-        def function(t: Tensor, x: Tensor) -> Tensor:
-            t = flatten_time(t, x)
-            z = torch.addcmul(offset_at(t, inner, x.shape[:-1]), weight, columns(x).unsqueeze(1))
-            pooled = _sum_of_others(torch.bmm(pool_weight, s.apply(z)))
-            h = s.apply(pooled + (offset_at(t, outer, x.shape[:-1]) + shift))
-            for bias, w in layers:
-                h = s.apply(torch.baddbmm(bias, w, h))
-            return _from_columns(h, x.shape[:-1])
+class BoundLeaveOneOut(BoundConditioner):
+    """
+    A conditioner that pools the features of the other coordinates; see :class:`LeaveOneOutConditioner`.
 
-        return BoundConditioner(function, (weight, *inner, *outer, pool_weight, shift, *chain.from_iterable(layers)))
+    :ivar weight: of the features, with shape ``(d, features, 1)``.
+    :ivar inner: offset of the features at time 0, with shape ``(d * features, 1 or *context_batch)``, and its slope.
+    :ivar outer: the same of the pooled features.
+    :ivar pool_weight: the matrices V_j, with shape ``(d, features, features)``.
+    :ivar shift: a part of the outer offset, by the shift of the activation.
+    """
+
+    trust = 0.5
+
+    def __init__(self, net: LeaveOneOutConditioner, context: Tensor | None) -> None:
+        self.activation = s = net._activation
+        self.weight = net.weight * s.rate
+        self.inner = net.offset.bind(context, s.rate)
+        self.outer = net.pool_offset.bind(context, s.rate)
+        self.pool_weight = net.pool_weight * (s.rate * s.scale)
+        self.shift = _sum_of_others(net.pool_weight.sum(-1, keepdim=True)) * (s.rate * s.shift)
+        self.layers = net.layers.bind(s)
+        self.tensors = self._tensors()
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        h, _ = self.flattened(x.shape[:-1]).evaluate(flatten_time(t, x), columns(x))
+        return _from_columns(h, x.shape[:-1])
+
+    def flattened(self, batch_shape: torch.Size) -> BoundLeaveOneOut:
+        """See :meth:`BoundConditioner.flattened`."""
+        bound = copy.copy(self)
+        bound.inner = flatten_offset(self.inner[0], 1, batch_shape), self.inner[1]
+        bound.outer = flatten_offset(self.outer[0], 1, batch_shape), self.outer[1]
+        bound.tensors = bound._tensors()
+        return bound
+
+    def _tensors(self) -> Saved:
+        return self.weight, *self.inner, *self.outer, self.pool_weight, self.shift, *self.layers.tensors
+
+    def evaluate(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Saved]:
+        """See :meth:`BoundConditioner.evaluate`."""
+        shape = (*self.weight.shape[:2], -1)
+        z = torch.addcmul(offset_at(*self.inner, t).view(shape), self.weight, x.unsqueeze(1))
+        features = self.activation.apply(z)
+        pooled = _sum_of_others(torch.bmm(self.pool_weight, features))
+        h, saved = self.layers.evaluate(pooled + (offset_at(*self.outer, t).view(shape) + self.shift))
+        return h, (x, z, features, *saved)
+
+    def vjp(self, saved: Saved, h_bar: Tensor, x_bar: Tensor) -> tuple[Tensor, Saved]:
+        """See :meth:`BoundConditioner.vjp`."""
+        x, z, features, *rest = saved
+        outer_bar, operands = self.layers.vjp(tuple(rest), h_bar)
+        pooled_bar = _sum_of_others(outer_bar)  # its matrix is symmetric
+        z_bar = self.activation.vjp(torch.bmm(self.pool_weight.mT, pooled_bar), z, features)
+        x_bar = torch.baddbmm(x_bar.unsqueeze(1), self.weight.mT, z_bar).squeeze(1)
+        return x_bar, (x, z_bar, features, pooled_bar, outer_bar, *operands)
+
+    def accumulate(self, times: Tensor, operands: Saved, sums: Sequence[Tensor]) -> None:
+        """See :meth:`BoundConditioner.accumulate`."""
+        x, z_bar, features, pooled_bar, outer_bar, *later = operands
+        weight_bar, inner_bar, inner_slope, offset_bar, offset_slope, pool_bar, shift_bar, *others = sums
+        weight_bar.baddbmm_(z_bar, x.unsqueeze(-1))
+        add_offset(inner_bar, inner_slope, z_bar.flatten(0, 1), times)
+        add_offset(offset_bar, offset_slope, outer_bar.flatten(0, 1), times)
+        pool_bar.baddbmm_(pooled_bar, features.mT)
+        shift_bar.add_(outer_bar.sum(-1, keepdim=True))
+        self.layers.accumulate(tuple(later), others)
 
 
 def _sum_of_others(values: Tensor) -> Tensor:

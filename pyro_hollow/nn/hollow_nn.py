@@ -11,17 +11,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pyro_hollow.ops.stepper import Stepper, Tableau, Unsupported
+from pyro_hollow.ops.vector_field import VectorField
+
 from .activations import ACTIVATIONS
 from .arguments import closest_keywords
-from .compiled import CompiledTape
-from .conditioner import CONDITIONERS, BoundConditioner, BoundDense, Conditioner
-from .tape import HollowTape
-from .transformer import BoundClosedForm, BoundTransformer, ClosedFormTransformer, ModuleTransformer, Transformer
+from .conditioner import CONDITIONERS, BoundConditioner, Conditioner
+from .hollow_stepper import HollowStepper
+from .native import NativeStepper
+from .transformer import BoundTransformer, ClosedFormTransformer, ModuleTransformer, Transformer
 
 __all__ = ["ConditionalHollowNN", "HollowField", "HollowNN"]
 
 
-class HollowField:
+class HollowField(VectorField):
     r"""
     The vector field of a hollow network for one solve,
 
@@ -41,38 +44,11 @@ class HollowField:
         self.conditioner = conditioner
         self.transformer = transformer
         distinct = {id(tensor): tensor for tensor in (*conditioner.tensors, *transformer.tensors)}
-        self.tensors = tuple(tensor for tensor in distinct.values() if tensor.requires_grad)
-        self._tapes: dict[tuple[torch.Size, bool], HollowTape] = {}
+        self.tensors = tuple([tensor for tensor in distinct.values() if tensor.requires_grad])
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        """
-        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
-        :param Tensor x: the state with shape ``(*, d)``.
-        :returns: :math:`f(t, x)` with shape ``(*, d)``.
-        """
+        """See :meth:`VectorField.__call__`."""
         return self.dimwise_derivatives(t, x, 0)[0]
-
-    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        r"""
-        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
-        :param Tensor x: the state with shape ``(*, d)``.
-        :returns: :math:`f(t, x)` with shape ``(*, d)`` and :math:`\nabla \cdot f = \sum_i \partial f_i / \partial x_i`
-            with shape ``(*,)``.
-        """
-        dx, diagonal = self.dimwise_derivatives(t, x, 1)
-        return dx, diagonal.sum(-1)
-
-    def with_diagonal(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        r"""
-        Field and diagonal of its Jacobian, for the Jacobi-Newton iteration of an implicit
-        :class:`~pyro_hollow.ode.Solver`.
-
-        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
-        :param Tensor x: the state with shape ``(*, d)``.
-        :returns: :math:`f(t, x)` and :math:`\partial f_i / \partial x_i`, both with shape ``(*, d)``.
-        """
-        dx, diagonal = self.dimwise_derivatives(t, x, 1)
-        return dx, diagonal
 
     def dimwise_derivatives(self, t: Tensor, x: Tensor, order: int) -> tuple[Tensor, ...]:
         r"""
@@ -91,25 +67,27 @@ class HollowField:
             raise ValueError(f"order must be 0 or more, but got {order}")
         return self.transformer.derivatives(t, x, self.conditioner(t, x), order)
 
-    def tape(self, batch_shape: torch.Size, compile: bool = False) -> HollowTape | None:
-        """
-        A tape that records evaluations of the field with its divergence and differentiates them by hand, as
-        :class:`~pyro_hollow.ode.Solver` uses it; None for other conditioners than "grouped" and "masked", and for a
-        transformer of your own.
+    def with_diagonal(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""
+        Field and diagonal of its Jacobian, for the Jacobi-Newton iteration of an implicit
+        :class:`~pyro_hollow.ode.Solver`.
 
-        :param batch_shape: the batch shape ``(*,)`` of the states.
-        :param bool compile: whether it may be one of compiled code, as it is then for small networks on a CPU.
+        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
+        :param Tensor x: the state with shape ``(*, d)``.
+        :returns: :math:`f(t, x)` and :math:`\partial f_i / \partial x_i`, both with shape ``(*, d)``.
         """
-        if not (isinstance(self.conditioner, BoundDense) and isinstance(self.transformer, BoundClosedForm)):
-            return None
-        key = torch.Size(batch_shape), compile
-        if key not in self._tapes:
-            reason = CompiledTape.obstacle(self.conditioner, self.transformer, key[0]) if compile else ""
-            kind = CompiledTape if compile and not reason else HollowTape
-            with torch.no_grad():
-                self._tapes[key] = kind(self.conditioner, self.transformer, key[0])
-            self._tapes[key].reason = reason
-        return self._tapes[key].renewed()
+        dx, diagonal = self.dimwise_derivatives(t, x, 1)
+        return dx, diagonal
+
+    def stepper(self, tableau: Tableau, state: tuple[Tensor, ...], compile: bool = False) -> tuple[Stepper, str]:
+        """See :meth:`VectorField.stepper`."""
+        reason = ""
+        for executor in (NativeStepper, HollowStepper) if compile else (HollowStepper,):
+            try:
+                return executor(tableau, self, self.conditioner, self.transformer, state), reason
+            except Unsupported as error:
+                reason = reason or str(error)
+        return super().stepper(tableau, state)[0], reason
 
 
 class ConditionalHollowNN(nn.Module):

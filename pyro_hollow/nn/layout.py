@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -46,3 +47,35 @@ def flatten_offset(offset: Tensor, lead: int, batch_shape: Sequence[int]) -> Ten
         missing = len(batch_shape) - len(tail)
         offset = offset.reshape(*head, *(1,) * missing, *tail).expand(*head, *batch_shape)
     return offset.reshape(*head, -1)
+
+
+def offset_at(offset: Tensor, slope: Tensor, t: float | Tensor) -> Tensor:
+    """``offset + t * slope`` for the time of all samples, or one per sample, flattened."""
+    if isinstance(t, float):
+        return torch.add(offset, slope, alpha=t)
+    return torch.addcmul(offset, slope, t)
+
+
+def add_offset(offset_bar: Tensor, slope_bar: Tensor, z_bar: Tensor, times: Tensor) -> None:
+    """
+    Adds the gradients of the offset and its slope in ``z = ... + offset + t * slope``, of several evaluations.
+
+    :param Tensor offset_bar: with shape ``(*units, 1)``, or one column for each sample.
+    :param Tensor slope_bar: with shape ``(*units, 1)``.
+    :param Tensor z_bar: with shape ``(*units, evaluations * samples)``.
+    :param Tensor times: the times with shape ``(evaluations,)``.
+    """
+    each = z_bar.view(*z_bar.shape[:-1], times.shape[0], -1)
+    totals = each.sum(-1)
+    offset_bar += totals.sum(-1, keepdim=True) if offset_bar.shape[-1] == 1 else each.sum(-2)
+    slope_bar += (totals @ times).unsqueeze(-1)
+
+
+def unflatten_offset(gradient: Tensor, offset: Tensor, batch_shape: torch.Size) -> Tensor:
+    """Undoes :func:`flatten_offset` for the gradient of an offset."""
+    lead = gradient.dim() - 1
+    head, tail = offset.shape[:lead], offset.shape[lead:]
+    missing = len(batch_shape) - len(tail)
+    shape = batch_shape if gradient.shape[-1] == batch_shape.numel() else tail
+    gradient = gradient.reshape(*head, *shape)
+    return gradient.sum_to_size(*head, *(1,) * missing, *tail).reshape(offset.shape) if tail != shape else gradient

@@ -5,14 +5,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from pyro_hollow.ops.derivatives import dimwise_derivatives
+from pyro_hollow.ops.stepper import Unsupported
+
 from .activations import get_activation
-from .layout import columns, flatten_offset, flatten_time, project, rows
+from .layout import add_offset, columns, flatten_offset, flatten_time, project, rows
+
+Saved = tuple[Tensor, ...]
 
 __all__ = ["BoundTransformer", "ClosedFormTransformer", "ModuleTransformer", "Transformer"]
 
@@ -42,6 +50,47 @@ class BoundTransformer(ABC):
     def __call__(self, t: Tensor, x: Tensor, h: Tensor) -> Tensor:
         """The value alone."""
         return self.derivatives(t, x, h, 0)[0]
+
+    def flattened(self, batch_shape: torch.Size) -> BoundTransformer:
+        """
+        The transformer for states of this batch shape; see :meth:`~pyro_hollow.nn.BoundConditioner.flattened`.
+
+        :raises Unsupported: for a transformer that has no derivatives by hand.
+        """
+        raise Unsupported("the transformer has no vector-Jacobian product by hand")
+
+    def evaluate(self, t: float, x: Tensor, h: Tensor, f: Tensor, divergence: Tensor) -> Saved:
+        r"""
+        Evaluates field and divergence.
+
+        :param float t: time.
+        :param Tensor x: inputs with shape ``(d, 1, batch)``.
+        :param Tensor h: hidden units with shape ``(d, d_h, batch)``.
+        :param Tensor f: filled with the field's value, with shape ``(d, 1, batch)``.
+        :param Tensor divergence: filled with the divergence, with shape ``(1, batch)``.
+        :returns: tensors for :meth:`vjp`.
+        """
+        raise NotImplementedError
+
+    def vjp(self, saved: Saved, f_bar: Tensor, divergence_bar: Tensor) -> tuple[Tensor, Tensor, Saved]:
+        """
+        The vector-Jacobian product of an evaluation.
+
+        :param saved: tensors of :meth:`evaluate`.
+        :param Tensor f_bar: the gradient of f with shape ``(d, 1, batch)``.
+        :param Tensor divergence_bar: the gradient of the divergence with shape ``(batch,)``.
+        :returns: the gradients of x, by the direct path alone, and of the hidden units; and tensors for
+            :meth:`accumulate`, whose last dimension is the batch.
+        """
+        raise NotImplementedError
+
+    def accumulate(self, times: Tensor, operands: Saved, sums: Sequence[Tensor]) -> None:
+        """Adds gradients to sums; see :meth:`~pyro_hollow.nn.BoundConditioner.accumulate`."""
+        raise NotImplementedError
+
+    def gradients(self, sums: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients of the tensors, with flattened offsets, from the sums."""
+        return sums
 
 
 class Transformer(nn.Module, ABC):
@@ -206,6 +255,60 @@ class BoundClosedForm(BoundTransformer):
         # Joined and parted again, the gradients of the results arrive contiguous: bmm is five times slower without.
         return tuple(rows(value, batch_shape) for value in torch.cat(results, dim=1).unbind(1))
 
+    def flattened(self, batch_shape: torch.Size) -> BoundClosedForm:
+        """See :meth:`BoundTransformer.flattened`. Here the offset includes the shift, and the slopes stand for it."""
+        bound = copy.copy(self)
+        p, b = flatten_offset(self.offset, 2, batch_shape).split([self.width + 1, 1], dim=1)
+        bound.offset = torch.cat([p, b + self.shift], dim=1)
+        bound.tensors = (
+            self.weight, self.time_weight, bound.offset, self.input_weight, self.output_weight, self.slopes
+        )  # fmt: skip
+        return bound
+
+    def evaluate(self, t: float, x: Tensor, h: Tensor, f: Tensor, divergence: Tensor) -> Saved:
+        """See :meth:`BoundTransformer.evaluate`."""
+        p = torch.baddbmm(torch.add(self.offset, self.time_weight, alpha=t), self.weight, h)
+        p, a, b = p.split_with_sizes((self.width, 1, 1), 1)
+        if self.max_rate is not None:
+            a = torch.sigmoid(a).mul_(2.0 * self.max_rate).sub_(self.max_rate)
+        s = self.activation.derivatives(torch.addcmul(p, self.input_weight, x), 2)
+        torch.baddbmm(torch.addcmul(b, a, x), self.output_weight, s[0], out=f)
+        torch.sum(torch.baddbmm(a, self.slopes, s[1]), dim=0, out=divergence)
+        return x, h, a, *s
+
+    def vjp(self, saved: Saved, f_bar: Tensor, divergence_bar: Tensor) -> tuple[Tensor, Tensor, Saved]:
+        """See :meth:`BoundTransformer.vjp`."""
+        x, h, a, value, slope, curvature = saved
+        p_bar = x.new_empty(h.shape[0], self.width + 2, h.shape[2])
+        z_bar, a_bar, b_bar = p_bar.split_with_sizes((self.width, 1, 1), 1)
+        torch.mul(self.slopes.mT * divergence_bar, curvature, out=z_bar)
+        z_bar.addcmul_(self.output_weight.mT * f_bar, slope)
+        torch.addcmul(divergence_bar, f_bar, x, out=a_bar)
+        if self.max_rate is not None:
+            half = 0.5 * self.max_rate  # the slope of the gate is half - a^2 / (4 half)
+            a_bar *= (a * a).mul_(-0.25 / half).add_(half)
+        b_bar.copy_(f_bar)
+        x_bar = torch.baddbmm(f_bar * a, self.input_weight.mT, z_bar)
+        return x_bar, torch.bmm(self.weight.mT, p_bar), (x, h, value, slope, p_bar, divergence_bar)
+
+    def accumulate(self, times: Tensor, operands: Saved, sums: Sequence[Tensor]) -> None:
+        """See :meth:`BoundTransformer.accumulate`."""
+        x, h, value, slope, p_bar, divergence_bar = operands
+        weight_bar, time_bar, offset_bar, input_bar, output_bar, slopes_bar = sums
+        weight_bar.baddbmm_(p_bar, h.mT)
+        add_offset(offset_bar, time_bar, p_bar, times)
+        input_bar.baddbmm_(p_bar[:, : self.width], x.mT)
+        output_bar.baddbmm_(p_bar[:, self.width + 1 :], value.mT)  # of b, as that of f
+        slopes_bar.add_((slope @ divergence_bar).unsqueeze(1))
+
+    def gradients(self, sums: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See :meth:`BoundTransformer.gradients`."""
+        weight_bar, time_bar, offset_bar, input_bar, output_bar, slopes_bar = sums
+        shift_bar = offset_bar[:, -1:].sum(-1, keepdim=True)
+        input_bar = input_bar + (slopes_bar * self.output_weight).mT
+        output_bar = output_bar + slopes_bar * self.input_weight.mT
+        return [weight_bar, time_bar, offset_bar, input_bar, output_bar, shift_bar]
+
 
 class ModuleTransformer(Transformer):
     r"""
@@ -235,21 +338,9 @@ class _BoundModule(BoundTransformer):
     def derivatives(self, t: Tensor, x: Tensor, h: Tensor, order: int) -> tuple[Tensor, ...]:
         if order == 0:
             return (self._value(t, x, h),)
-        # The module gets an alias of x of its own, so that the gradient sees the direct path only; h is not detached,
-        # or the conditioner would lose the gradient of the derivatives.
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("torch.inference_mode() leaves no derivatives to take; use torch.no_grad()")
-        create_graph = torch.is_grad_enabled() and any(v.requires_grad for v in (x, h, *self.tensors))
-        create_graph = create_graph or torch.autograd.forward_ad._current_level >= 0  # a tangent needs it, too
-        with torch.enable_grad():
-            alias = x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
-            if not alias.requires_grad:
-                raise RuntimeError("torch.vmap leaves no derivatives to take; give the samples as a batch instead")
-            results = [self._value(t, alias, h)]
-            for k in range(order):
-                last = k == order - 1
-                results.append(_row_gradient(results[-1], alias, create_graph or not last))
-        return tuple(results) if create_graph else tuple(value.detach() for value in results)
+        wanted = torch.is_grad_enabled() and any(v.requires_grad for v in (x, h, *self.tensors))
+        with torch.set_grad_enabled(wanted):
+            return dimwise_derivatives(partial(self._value, t), x, h, order)
 
     def _value(self, t: Tensor, x: Tensor, h: Tensor) -> Tensor:
         x = x.unsqueeze(-1)
@@ -261,10 +352,3 @@ class _BoundModule(BoundTransformer):
                 f"but its output has shape {tuple(value.shape)}"
             )
         return value.squeeze(-1)
-
-
-def _row_gradient(value: Tensor, x: Tensor, create_graph: bool) -> Tensor:
-    if not value.requires_grad:  # a derivative that does not depend on x any more
-        return torch.zeros_like(x)
-    (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=create_graph, allow_unused=True)
-    return torch.zeros_like(x) if gradient is None else gradient

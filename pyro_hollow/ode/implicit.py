@@ -17,9 +17,9 @@ the accepted steps, in which every root is differentiated by the implicit functi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,12 +34,10 @@ from pyro_hollow.ops import (
     jacobian,
     newton,
 )
+from pyro_hollow.ops.stepper import largest_rms
 
 from .implicit_methods import METHODS, Method
-from .monitor import Monitor, are_finite, parts
-
-if TYPE_CHECKING:
-    from .solver import State
+from .monitor import Monitor, State, are_finite, parts
 
 __all__ = ["CORRECTORS", "check_options", "integrate", "names_of_options"]
 
@@ -134,12 +132,7 @@ class _Equation:
 
     def norm(self, y: Tensor) -> float:
         """The largest root mean square of a part of the state in any sample."""
-        return _largest_norm(y.split(self.sizes, dim=-1))
-
-
-def _largest_norm(rows: Iterable[Tensor]) -> float:
-    """The largest root mean square of any sample of tensors with shape ``(*, n)``."""
-    return float(torch.stack([part.square().mean(-1).max() for part in rows]).max().sqrt())
+        return float(largest_rms(y.split(self.sizes, dim=-1), -1))
 
 
 class _NotConverged(Exception):

@@ -8,22 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_hollow.ops.stepper import is_batched
+
 from .implicit_methods import METHODS as IMPLICIT_METHODS
 
-if TYPE_CHECKING:
-    from .solver import Solver, State, VectorField
+State = Tensor | tuple[Tensor, ...]
+Dynamics = Callable[[Tensor, Any], State]
 
 
 class SolverError(RuntimeError):
     """
     A solve that could not be finished. The message says what happened, where, and what to change.
 
-    :ivar solver: the :class:`Solver` that was used.
+    :ivar solver: the :class:`~pyro_hollow.ode.Solver` that was used.
     :ivar time: the time that was reached.
     :ivar sample: the index of the worst sample in the batch.
     :ivar nfe: the number of evaluations until then.
@@ -34,7 +36,7 @@ class SolverError(RuntimeError):
         self,
         message: str,
         *,
-        solver: Solver | None = None,
+        solver: Any = None,
         time: float = math.nan,
         sample: tuple[int, ...] = (),
         nfe: int = 0,
@@ -58,9 +60,10 @@ class SolverStats:
     :ivar fallbacks: equations that dense Newton had to solve for Jacobi-Newton.
     :ivar difference_jacobians: dense Jacobians, among all of them, that were not finite where the field was, and whose
         entries were replaced by difference quotients.
-    :ivar backend: the code that ran: "compiled", "tape", "autograd" (steps of our own that
-        automatic differentiation records), "torchdiffeq", "implicit" or "scipy"; empty if there was nothing to solve.
-    :ivar reason: why no faster code ran, where one was asked for or is the default; else empty.
+    :ivar method: the name of the method.
+    :ivar backend: the executor: "native" (compiled code), "hollow" (derivatives by hand, in torch), "autograd",
+        "torchdiffeq", "implicit" or "scipy"; empty if there was nothing to solve.
+    :ivar reason: why no faster executor ran; else empty.
     """
 
     nfe: int = 0
@@ -71,6 +74,7 @@ class SolverStats:
     jacobians: int = 0
     fallbacks: int = 0
     difference_jacobians: int = 0
+    method: str = field(default="", compare=False)
     backend: str = field(default="", compare=False)
     reason: str = field(default="", compare=False)
 
@@ -141,7 +145,7 @@ def blame_parameters(field: object) -> str:
     """
     Names the parameters and buffers that are not finite, the first few of them; empty where all are finite.
 
-    :param field: a module; or a vector field with an attribute ``network``, its module, or ``tensors``.
+    :param field: a module; or dynamics with an attribute ``network``, its module, or ``tensors``.
     """
     module = field if isinstance(field, nn.Module) else getattr(field, "network", None)
     if module is None:
@@ -161,8 +165,8 @@ class Monitor:
 
     def __init__(
         self,
-        field: VectorField,
-        solver: Solver,
+        field: Dynamics,
+        solver: Any,
         stats: SolverStats,
         batch_shape: torch.Size,
         times: tuple[float, float],
@@ -214,7 +218,7 @@ class Monitor:
             return self.failure("non-finite")
         return next((self.failure(word) for word in _FAILURES if word in message), None)
 
-    def first_non_finite(self, solve: Callable[[VectorField], object]) -> SolverError:
+    def first_non_finite(self, solve: Callable[[Dynamics], object]) -> SolverError:
         """Solves once more to find where a state first became non-finite; methods of fixed step do not look."""
         probe = _Probe(self.field)
         try:
@@ -235,7 +239,7 @@ class Monitor:
         if word in ("underflow", "max_nfe") and self.solver.method not in IMPLICIT_METHODS:
             advice += " A stiff field wants an implicit method, such as Solver('bdf')."
         time, sample = math.nan, (0,) * len(self.batch_shape)
-        if last is not None:
+        if last is not None and not any(map(is_batched, parts(last[1]))):
             time, sample = float(last[0].detach()), self._worst_sample(last[1])
         if blame := blame_parameters(self.field):
             reason, advice = f"{blame}: {reason}", ADVICE
@@ -290,7 +294,7 @@ class _Found(Exception):
 class _Probe:
     """Stops at the first evaluation whose state or derivative is not finite."""
 
-    def __init__(self, field: VectorField) -> None:
+    def __init__(self, field: Dynamics) -> None:
         self._field = field
         self.last: tuple[Tensor, State] | None = None
 
@@ -308,5 +312,7 @@ def parts(state: State) -> tuple[Tensor, ...]:
 
 
 def are_finite(state: State) -> bool:
-    """True if all elements of a state are finite."""
-    return all(bool(torch.isfinite(part).all()) for part in parts(state))
+    """True if all elements of a state are finite; and under vmap and tracing, which allow no decision by values."""
+    if torch.jit.is_tracing():
+        return True
+    return all(is_batched(part) or bool(torch.isfinite(part).all()) for part in parts(state))

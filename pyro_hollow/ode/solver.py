@@ -10,21 +10,25 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from . import implicit, runge_kutta
+from pyro_hollow.ops.stepper import FunctionStepper, Stepper, Tableau, is_batched, is_functional, largest_rms
+from pyro_hollow.ops.vector_field import VectorField
+
+from . import explicit, implicit
+from .augmented import Augmented, Scored
 from .implicit_methods import METHODS as IMPLICIT_METHODS
-from .monitor import Monitor, SolverError, SolverStats, StepMonitor, are_finite, parts
+from .monitor import Dynamics, Monitor, SolverError, SolverStats, State, StepMonitor, are_finite, parts
 
 __all__ = ["METHODS", "Solution", "Solver", "SolverError", "SolverStats"]
 
-State = Tensor | tuple[Tensor, ...]
 AnyState = TypeVar("AnyState", Tensor, tuple[Tensor, ...])
-VectorField = Callable[[Tensor, Any], State]
+#: Makes the executor of a method's steps, and says why it is not a faster one.
+Executor = Callable[[Tableau], tuple[Stepper, str]]
 
 _ADAPTIVE_OPTIONS = frozenset(
     "first_step min_step max_step safety ifactor dfactor max_num_steps dtype step_t jump_t norm".split()
@@ -35,14 +39,6 @@ _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _ADAMS = ("explicit_adams", "implicit_adams")
-
-#: The estimate of a first step's error must be so much smaller, or two steps are taken: otherwise a few strongly
-#: perturbed networks end with errors of 20 tolerances. Solves by tape keep 1, for speed.
-_TRUST = 0.1
-_NO_TAPE = (
-    "there is none for this field: for one of a grouped or masked conditioner and a closed-form transformer, without "
-    "regularize=True, alone"
-)
 
 #: The names of the methods, with the options that each one knows.
 METHODS: dict[str, frozenset[str]] = {
@@ -81,8 +77,8 @@ class Solver:
     :func:`scipy.integrate.solve_ivp`, which knows no gradients except with ``adjoint=True``.
 
     Stiff equations, whose fastest decay forces explicit methods to tiny steps, are for implicit methods: "kencarp4" and
-    "kvaerno3" (ESDIRK, L-stable, orders 4 and 3), "bdf" (variable order up to 5) and "adams_moulton" (variable order,
-    of which 1 and 2 alone stand stiffness). options["corrector"] says how their equations are solved: "jacobi-newton"
+    "kvaerno3" (ESDIRK, L-stable, orders 4 and 3), "bdf" (variable order up to 5) and "adams_moulton" (orders 1
+    to 8; only orders 1 and 2 are A-stable). options["corrector"] says how their equations are solved: "jacobi-newton"
     by the diagonal of the Jacobian, for fields with a method ``with_diagonal(t, x) -> (dx, diagonal)`` as those of
     hollow networks, where it is the default; "newton" by the dense Jacobian; or "fixed-point". Jacobi-Newton converges
     where the diagonal dominates; where it does not, dense Newton takes over, and the statistics count it. Further
@@ -97,20 +93,16 @@ class Solver:
     being differentiated by the implicit function theorem; with ``adjoint=True`` one at a time in the backward pass,
     from the stored states, for the same gradients in less memory. Neither can be differentiated again.
 
-    Flows are solved by steps of our own for "dopri5", "bosh3" and the first five methods of fixed step, to the same
-    tolerances as by torchdiffeq. An adaptive solve first tries the whole interval in one step; later steps divide the
-    rest of it evenly. A Hollow-CNF with a grouped or masked conditioner has a tape, by which its steps are
-    differentiated by hand; the steps of other flows are recorded by automatic differentiation. Torchdiffeq solves with
-    other options than "step_size", with ``adjoint=True``, with ``regularize=True``, under autocast, when traced, for
-    scores of flows without a tape, and for fields of users. It also solves again where our steps do not reach the end,
-    to say why; the number of evaluations is then its own.
+    The first five methods of fixed step, "dopri5" and "bosh3" run in one loop, whose step-size rule divides the rest of
+    the interval evenly. Flows try the whole interval in one step first; for a plain function the first step is
+    estimated, or it is options["first_step"]. One of three executors takes the steps, and :class:`SolverStats` say
+    which: "autograd" for any field; "hollow", with derivatives by hand, for networks whose conditioner and transformer
+    have them; and "native", compiled code. torchdiffeq serves the other methods and options, and ``adjoint=True``.
 
-    With ``compile=True`` solves by tape run in compiled code where the network is small: on a CPU, for a grouped
-    conditioner, the activations "silu" and "tanh", and up to 4 million products of samples and weights in an evaluation
-    (32 samples up to about 40 dimensions); all else runs as without, with a warning that says why, and
-    :class:`SolverStats` tell which code ran. With their backward pass they take 0.4 to 0.7 of the time up to 10
-    dimensions, and hardly less at 40. It takes a C compiler (the one that the environment variable CC names, or cc, gcc
-    or clang) and, once in each process, a second to compile.
+    ``compile=True`` uses the native executor if it supports the field: on a CPU, for a grouped conditioner and the
+    activations "silu" and "tanh", up to 4 million products of samples and weights in an evaluation (32 samples up to
+    about 40 dimensions). Otherwise it warns once and has no effect; see ``stats.reason``. It takes a C compiler (the
+    one that the environment variable CC names, or cc, gcc or clang) and, once in each process, a second to compile.
 
     :param str method: a name in :data:`METHODS`.
     :param float rtol: relative tolerance of adaptive methods.
@@ -161,9 +153,9 @@ class Solver:
         scipy_method = self.options.get("solver", "LSODA")
         if self.method == "scipy_solver" and scipy_method not in _SCIPY:
             raise ValueError(f"options['solver'] must be one of {_SCIPY}, but got {scipy_method!r}")
-        step_size = self.options.get("step_size", 1.0)
-        if not step_size > 0:
-            raise ValueError(f"options['step_size'] must be positive, but got {step_size}")
+        for name in ("step_size", "first_step"):
+            if not self.options.get(name, 1.0) > 0:
+                raise ValueError(f"options[{name!r}] must be positive, but got {self.options[name]}")
         if self.method in IMPLICIT_METHODS:
             implicit.check_options(self.method, self.options)
 
@@ -190,7 +182,7 @@ class Solver:
         """True if the method chooses its steps by itself."""
         return self.method in _ADAPTIVE or self.method in IMPLICIT_METHODS
 
-    def integrate(self, field: VectorField, state: AnyState, t0: float, t1: float) -> Solution:
+    def integrate(self, field: Dynamics, state: AnyState, t0: float, t1: float) -> Solution:
         r"""
         Integrates from t0 to t1, which may be the earlier of the two.
 
@@ -207,32 +199,121 @@ class Solver:
         :raises RuntimeError: if an adaptive solve is traced: the trace would repeat the steps of this one input.
             For compile=True without a C compiler that works.
         """
+        single = isinstance(state, Tensor)
+
+        def executor(tableau: Tableau) -> tuple[Stepper, str]:
+            def function(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                return parts(field(t, state[0] if single else state))
+
+            shapes = [part.shape for part in parts(state)]
+            return FunctionStepper(tableau, function, shapes), "the field is a plain function"
+
+        end, stats = self._integrate(field, state, (), executor, t0, t1)
+        return Solution(end, stats)
+
+    def integrate_with_divergence(
+        self, field: VectorField, x: Tensor, t0: float, t1: float, score: Tensor | None = None
+    ) -> Solution:
+        r"""
+        Integrates a state, the divergence of its field along it, and the score of a density that the field carries.
+
+        :param VectorField field: the field.
+        :param Tensor x: the state at t0 with shape ``(*, d)``.
+        :param float t0: the initial time.
+        :param float t1: the end time.
+        :param Tensor score: :math:`\nabla \log p` of the density of x, with shape ``(*, d)``; None to leave it out.
+        :returns: the state at t1, :math:`\int \nabla \cdot f \, dt` with shape ``(*,)``, other integrals that the field
+            has and, if one was given, the score at t1 with shape ``(*, d)``, which carries no gradients; and
+            statistics.
+        :raises SolverError: as :meth:`integrate` does.
+        """
+        state = field.initial_state(x)
+
+        def executor(tableau: Tableau) -> tuple[Stepper, str]:
+            return field.stepper(tableau, state, self.compile)
+
+        scores = () if score is None else (score,)
+        dynamics = Scored(field) if scores else Augmented(field)
+        end, stats = self._integrate(dynamics, state, scores, executor, t0, t1)
+        return Solution(end, stats)
+
+    def _integrate(
+        self, field: Dynamics, state: State, scores: tuple[Tensor, ...], executor: Executor, t0: float, t1: float
+    ) -> tuple[State, SolverStats]:
         first = parts(state)[0]
-        stats = SolverStats()
+        stats = SolverStats(method=self.method)
         times = torch.tensor([t0, t1], dtype=first.dtype, device="cpu")
+        whole = (*state, *scores) if scores else state
         if first.numel() == 0 or bool(times[0] == times[1]):
-            return Solution(state, stats)
+            return whole, stats
         if torch.jit.is_tracing() and self.adaptive:
             raise RuntimeError(
                 f"method {self.method!r} cannot be traced: its steps depend on the input, and a trace would repeat "
                 "those of the example. Use a method of fixed step, for example Solver('rk4')."
             )
         tensors = self._check_gradients(field, state)
-        stats.reason = self._why_no_tape(field, state)
-        if not stats.reason and (taped := self._by_tape(field, state, times, stats)) is not None:
-            self._warn_if_not_compiled(stats)
-            return Solution(taped, stats)
-        if (recorded := self._by_autograd(field, state, times, stats)) is not None:
-            self._warn_if_not_compiled(stats)
-            return Solution(recorded, stats)
+        stats.reason = self._why_not_explicit(first)
+        self._check_functional((*parts(state), *tensors), bool(stats.reason))
+        if stats.reason:
+            end = self._elsewhere(field, whole, stats, times, tensors)
+        else:
+            end = self._by_steps(field, state, scores, executor(explicit.TABLEAUS[self.method]), stats, times)
+        self._warn_if_not_compiled(stats)
+        return end, stats
+
+    def _why_not_explicit(self, x: Tensor) -> str:
+        """The reason against explicit steps of our own; empty if there is none."""
+        if self.method not in explicit.TABLEAUS:
+            return f"the method {self.method!r} has no tableau here"
+        if self.adjoint:
+            return "adjoint=True has no steps here"
+        if torch.jit.is_tracing():
+            return "the solve is traced"
+        if others := set(self.options) - ({"first_step"} if self.adaptive else {"step_size"}):
+            return f"the options {sorted(others)} are torchdiffeq's"
+        return "" if x.is_floating_point() else f"the state is {x.dtype}"
+
+    def _by_steps(
+        self,
+        field: Dynamics,
+        state: State,
+        scores: tuple[Tensor, ...],
+        choice: tuple[Stepper, str],
+        stats: SolverStats,
+        times: Tensor,
+    ) -> State:
+        """The state at the end by explicit steps."""
+        stepper, stats.reason = choice
+        stats.backend = stepper.name
+        t0, t1 = times.tolist()
+        if self.adaptive:
+            loop = explicit.adaptive(t0, t1, (self.rtol, self.atol), self.max_nfe, self.options.get("first_step"))
+        else:
+            loop = explicit.fixed(_equal_steps(times, self.options.get("step_size")).tolist(), self.max_nfe)
+        try:
+            end, path = stepper.solve(loop, parts(state), *scores)
+        except explicit.Failure as failure:
+            stats.nfe = failure.nfe
+            monitor = Monitor(field, self, stats, parts(state)[0].shape[:-1], (t0, t1))
+            last = times.new_tensor(failure.time), stepper.unpack(failure.packed.detach())
+            raise monitor.failure(failure.word, last) from None
+        stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
+        return end[0] if isinstance(state, Tensor) else end
+
+    def _elsewhere(
+        self, field: Dynamics, state: State, stats: SolverStats, times: Tensor, tensors: tuple[Tensor, ...]
+    ) -> State:
+        """The state at the end by torchdiffeq or an implicit method."""
         own = self.method in IMPLICIT_METHODS
         stats.backend = "implicit" if own else "scipy" if self.method == "scipy_solver" else "torchdiffeq"
         watch = Monitor if own or self.method == "scipy_solver" else StepMonitor
+        first = parts(state)[0]
+        t0, t1 = times.tolist()
         monitor = watch(field, self, stats, first.shape[:-1], (t0, t1))
         times = times.to(first.device)
         try:
             if own:
-                end: State = implicit.integrate(monitor, state, float(t0), float(t1), tensors)
+                end: State = implicit.integrate(monitor, state, t0, t1, tensors)
             else:
                 end = self._odeint(monitor, state, times, tensors)
         except Exception as error:
@@ -246,83 +327,33 @@ class Solver:
         if not are_finite(end):
             raise monitor.first_non_finite(lambda probe: self._odeint(probe, state, times, None))
         monitor.forget()
-        self._warn_if_not_compiled(stats)
         if self.adjoint:
             for part in parts(end):
                 if part.requires_grad:
                     part.register_hook(_before_backward(monitor))
-        return Solution(end, stats)
-
-    def _why_no_tape(self, field: VectorField, state: State) -> str:
-        """The reason against a tape; empty if the field may be asked for one."""
-        if self.method not in runge_kutta.TABLEAUS:
-            return f"there is none for the method {self.method!r}"
-        if self.adjoint:
-            return "there is none for adjoint=True"
-        if others := set(self.options) - (set() if self.adaptive else {"step_size"}):
-            return f"there is none for the options {sorted(others)}"
-        if not hasattr(field, "tape") or isinstance(state, Tensor):
-            return _NO_TAPE
-        if runge_kutta.is_transformed():
-            return "the solve is traced or transformed"
-        return "autocast is on" if torch.is_autocast_enabled(state[0].device.type) else ""
+        return end
 
     def _warn_if_not_compiled(self, stats: SolverStats) -> None:
         """Says once per solver and reason that compile=True has no effect."""
         said: set[str] = vars(self).setdefault("_said", set())
-        if not self.compile or stats.backend == "compiled" or stats.reason in said:
+        if not self.compile or stats.backend == "native" or stats.reason in said:
             return
         said.add(stats.reason)
         warnings.warn(
             f"compile=True has no effect on this solve: {stats.reason}. There is compiled code for the methods "
-            f"{', '.join(runge_kutta.TABLEAUS)} without adjoint=True, options but 'step_size' and autocast; on a CPU, "
+            f"{', '.join(explicit.TABLEAUS)} without adjoint=True, options of torchdiffeq and autocast; on a CPU, "
             "in float32 and float64; for a grouped conditioner and a closed-form transformer, both with the activation "
             "'silu' or 'tanh'; and up to 4 million products of samples and weights in an evaluation",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
-    def _by_tape(self, field: VectorField, state: State, times: Tensor, stats: SolverStats) -> State | None:
-        """The state at the end, if the field has a tape for it, and if all goes well; else the reason in stats."""
-        stats.reason = "its tape did not reach the end"
-        if (march := self._march(times)) is None:
-            return None
-        x, integral, *scores = state
-
-        def generic(x: Tensor) -> tuple[Tensor, ...]:
-            return parts(self._odeint(field, (x, torch.zeros_like(integral), *scores), times.to(x.device), None))[:2]
-
-        try:
-            taped = cast(runge_kutta.Taped, field)
-            result = runge_kutta.solve(
-                taped, generic, runge_kutta.TABLEAUS[self.method], march, x, next(iter(scores), None), self.compile
-            )
-        except runge_kutta.OutOfReach:
-            return None
-        if result is None:
-            stats.reason = _NO_TAPE
-        if result is None or not are_finite(result[0]):
-            return None
-        (end, change, *scores), path = result
-        stats.backend, stats.reason = "compiled" if path.compiled else "tape", path.reason
-        stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
-        return end, change + integral, *scores
-
-    def _march(self, times: Tensor, trust: float = 1.0) -> runge_kutta.March | None:
-        """The steps of the method, if it is one of our own with no options but "step_size"."""
-        tableau = runge_kutta.TABLEAUS.get(self.method)
-        known = set() if self.adaptive else {"step_size"}
-        if tableau is None or set(self.options) - known:
-            return None
-        if self.adaptive:
-            t0, t1 = times.tolist()
-            return runge_kutta.adaptive(tableau, t0, t1, self.rtol, self.atol, self.max_nfe, trust)
-        grid = _equal_steps(times, self.options.get("step_size")).tolist()
-        return runge_kutta.fixed(tableau, grid) if (len(grid) - 1) * len(tableau.b) <= self.max_nfe else None
-
-    def _check_functional(self, batched: bool) -> None:
-        """Refuses solves that torchdiffeq and the adjoint method do not allow under a transform of torch.func."""
-        if batched or self.adaptive or self.adjoint:
+    def _check_functional(self, tensors: tuple[Tensor, ...], elsewhere: bool) -> None:
+        """Refuses solves that do not work under a transform of torch.func."""
+        if not is_functional():
+            return
+        batched = any(map(is_batched, tensors))
+        if (batched and self.adaptive) or (elsewhere and (batched or self.adaptive or self.adjoint)):
             raise RuntimeError(
                 f"{self!r} cannot solve these dynamics under a transform of torch.func or in forward mode"
                 + (": under vmap each sample would need steps of its own" if batched else "")
@@ -330,36 +361,7 @@ class Solver:
                 "take derivatives by torch.autograd.functional.jacobian"
             )
 
-    def _by_autograd(self, field: VectorField, state: AnyState, times: Tensor, stats: SolverStats) -> State | None:
-        """
-        The state at the end by steps that automatic differentiation records. For the dynamics of flows: those without a
-        tape, and all under a transform of torch.func, which torchdiffeq's adaptive solves refuse.
-        """
-        functional = runge_kutta.is_functional()
-        batched = functional and any(map(runge_kutta.is_batched, (*parts(state), *getattr(field, "tensors", ()))))
-        ours = getattr(field, "quadrature", False) and len(state) == 2 and not self.adjoint
-        march = self._march(times, _TRUST) if ours and (functional or stats.reason == _NO_TAPE) else None
-        if functional and (march is None or (batched and self.adaptive)):
-            self._check_functional(batched)
-        if march is None:
-            return None
-        x, integral = state
-        tape = runge_kutta.AutogradTape(field, x.shape[:-1])
-        try:
-            path = march(tape, tape.pack(x), False)
-            end = tape.unpack(path.x).contiguous(), integral + path.integral.view(integral.shape)
-            if not batched and not are_finite(end):
-                raise runge_kutta.OutOfReach("the state became non-finite")
-        except runge_kutta.OutOfReach as error:
-            if functional:
-                raise SolverError(f"method {self.method!r} failed under a transform of torch.func: {error}") from error
-            stats.reason = "steps of our own did not reach the end"
-            return None
-        stats.backend = "autograd"
-        stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
-        return end
-
-    def _odeint(self, func: VectorField, state: State, times: Tensor, tensors: tuple[Tensor, ...] | None) -> State:
+    def _odeint(self, func: Dynamics, state: State, times: Tensor, tensors: tuple[Tensor, ...] | None) -> State:
         """The state at the end; with the adjoint method if tensors are given and it is wanted."""
         options = self._options(parts(state)[0].dim() - 1, times)
         settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": options}
@@ -399,7 +401,7 @@ class Solver:
             options.setdefault("max_order", 4)  # torchdiffeq's 12 is unstable: smaller steps make it worse
         return options
 
-    def _check_gradients(self, field: VectorField, state: State) -> tuple[Tensor, ...]:
+    def _check_gradients(self, field: Dynamics, state: State) -> tuple[Tensor, ...]:
         tensors = getattr(field, "tensors", None)
         if tensors is None and isinstance(field, nn.Module):
             tensors = tuple(field.parameters())
@@ -407,7 +409,7 @@ class Solver:
             raise TypeError(
                 "field needs an attribute tensors (all that gradients must reach; () for none) for adjoint=True"
             )
-        tensors = tuple(tensor for tensor in tensors or () if tensor.requires_grad)
+        tensors = tuple([tensor for tensor in tensors or () if tensor.requires_grad])
         if self.method == "scipy_solver" and not self.adjoint and torch.is_grad_enabled():
             if tensors or any(part.requires_grad for part in parts(state)):
                 raise ValueError(
@@ -445,12 +447,7 @@ def _per_sample_norm(batch_dims: int) -> Callable[[State], Tensor]:
     # is infinite at a sample that is 0.
     @torch.no_grad()
     def norm(state: State) -> Tensor:
-        sizes = [
-            part.abs() if part.dim() == batch_dims else part.flatten(batch_dims).pow(2).mean(-1).sqrt()
-            for part in parts(state)
-            if part.numel()
-        ]
-        return torch.stack([size.max() for size in sizes]).max()
+        return largest_rms([part.reshape(*part.shape[:batch_dims], -1) for part in parts(state)], -1)
 
     return norm
 

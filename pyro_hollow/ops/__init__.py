@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Derivatives and root finding as pure functions on tensors."""
+"""Vector fields, their derivatives and steps, and root finding."""
 
 from .derivatives import (
     HollowOperator,
@@ -14,14 +14,23 @@ from .derivatives import (
 )
 from .operators import DimwiseField, differential_operator, field_derivatives, time_derivative
 from .roots import RootError, RootOptions, RootResult, attach, fixed_point, jacobi_newton, newton
+from .stepper import AutogradStepper, DifferentiatedStepper, Step, Stepper, Tableau, Unsupported
+from .vector_field import VectorField
 
 __all__ = [
+    "AutogradStepper",
+    "DifferentiatedStepper",
     "DimwiseField",
     "HollowOperator",
     "RootError",
     "RootOptions",
     "RootResult",
     "SplitJacobian",
+    "Step",
+    "Stepper",
+    "Tableau",
+    "Unsupported",
+    "VectorField",
     "attach",
     "differential_operator",
     "dimwise_derivatives",

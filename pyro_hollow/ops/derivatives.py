@@ -65,7 +65,7 @@ def dimwise_derivatives(transformer: Transformer, x: Tensor, h: Tensor, order: i
         raise ValueError(f"order must be 0 or more, but got {order}")
     create_graph = _wants_graph()
     with torch.enable_grad():
-        alias = _alias(x)
+        alias = alias_of(x)
         results = [_checked(transformer(alias, h), x)]
         for k in range(1, order + 1):
             results.append(_sum_gradient(results[-1], alias, create_graph or k < order))
@@ -77,7 +77,7 @@ def _wants_graph() -> bool:
     return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _alias(x: Tensor) -> Tensor:
+def alias_of(x: Tensor) -> Tensor:
     """A tensor equal to x to differentiate with respect to; gradients and tangents of x pass through it."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("torch.inference_mode() leaves no derivatives to take; use torch.no_grad()")
@@ -126,7 +126,7 @@ class HollowOperator:
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:
         """f, and the alias of x that it depends on through the hidden units alone."""
-        alias = _alias(self._x)
+        alias = alias_of(self._x)
         return _checked(self._transformer(self._x, self._conditioner(alias)), alias), alias
 
     def vjp(self, v: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def jacobian(function: Conditioner, x: Tensor) -> Tensor:
     [[0.0, 4.0], [2.0, 0.0]]
     """
     with torch.enable_grad():
-        alias = _alias(x.detach())
+        alias = alias_of(x.detach())
         f = function(alias)
         if not f.requires_grad:
             return x.new_zeros(*x.shape, x.shape[-1])

@@ -20,7 +20,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from .derivatives import _alias, _sum_gradient, _wants_graph
+from .derivatives import _sum_gradient, _wants_graph, alias_of
 
 __all__ = ["DimwiseField", "differential_operator", "field_derivatives", "time_derivative"]
 
@@ -65,7 +65,7 @@ def field_derivatives(field: FieldFunction | DimwiseField, t: Tensor, x: Tensor,
         return own(t, x, order)
     create_graph = _wants_graph()
     with torch.enable_grad():
-        alias = _alias(x)
+        alias = alias_of(x)
         value = field(t, alias)
         _check_shape(value, x)
         results = [value]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pyro.distributions import constraints
@@ -16,68 +16,12 @@ from torch import Tensor, nn
 from pyro_hollow.nn.arguments import closest_keywords
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.ode.monitor import ADVICE, blame_parameters
-from pyro_hollow.ode.runge_kutta import is_batched
+from pyro_hollow.ops.stepper import is_batched
+from pyro_hollow.ops.vector_field import VectorField
 
 from .cache import CachedTransform, breaks_graph, module_tensors
 
-__all__ = ["ConditionalCNF", "ConditionedCNF", "Dynamics", "Field"]
-
-
-class Field(Protocol):
-    """A vector field for one solve, with its divergence."""
-
-    tensors: tuple[Tensor, ...]
-
-    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(f, divergence)`` with shapes ``(*, d)`` and ``(*,)`` for a scalar time and a state of shape ``(*, d)``."""
-
-
-class _Augmented:
-    """The dynamics of the pair (state, log-determinant)."""
-
-    network: nn.Module
-    #: True if nothing depends on the parts of the state after the first.
-    quadrature = True
-
-    def __init__(self, field: Field) -> None:
-        self.tensors = field.tensors
-        self._field = field
-        #: Makes a tape for the solver, where the field has one.
-        self.tape = getattr(field, "tape", lambda batch_shape, compile=False: None)
-        #: The dynamics of the state alone, of which the rest is an integral, where the field can be called for them.
-        self.state_field = field if callable(field) else None
-
-    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return self._field.with_divergence(t, state[0])
-
-
-class _Scored(_Augmented):
-    """The dynamics of (state, log-determinant, score), the last without gradients."""
-
-    quadrature = False  # the slope of the score depends on itself
-
-    def __init__(self, field: Field) -> None:
-        super().__init__(field)
-        self.state_field = None
-
-    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, score = state[0], state[2].detach()
-        with torch.enable_grad():
-            alias = x.detach().requires_grad_()
-            f, divergence = self._field.with_divergence(t, alias)
-            (slope,) = torch.autograd.grad((f * score).sum() + divergence.sum(), alias)
-        return *super().__call__(t, state), -slope
-
-
-class Dynamics(Protocol):
-    """The right-hand side of a solve for the state, its log-determinant and what else is integrated along."""
-
-    tensors: tuple[Tensor, ...]
-    #: Whose parameters an error of the solver may name.
-    network: nn.Module
-
-    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The time derivatives of the parts of the state."""
+__all__ = ["ConditionalCNF", "ConditionedCNF"]
 
 
 class _Record:
@@ -147,13 +91,13 @@ class ConditionedCNF(_HasSolver, CachedTransform):
         self.time = float(time)
         self._record = _Record()
 
-    def _bind(self) -> Field:
+    def _bind(self) -> VectorField:
         """Makes the vector field for one solve."""
         raise NotImplementedError
 
-    def _dynamics(self, x: Tensor) -> tuple[Dynamics, tuple[Tensor, ...]]:
-        """The dynamics for one solve, and where what else they integrate begins; of shapes ``(*, ...)``."""
-        return _Augmented(self._bind()), ()
+    def _bind_with_integrals(self, x: Tensor) -> VectorField:
+        """The same with all that is integrated along; for an input with shape ``(*, d)``."""
+        return self._bind()
 
     @property
     def last_solve(self) -> SolverStats | None:
@@ -204,10 +148,9 @@ class ConditionedCNF(_HasSolver, CachedTransform):
             # There no derivative can be taken, not even the one that a divergence by automatic differentiation needs.
             with torch.inference_mode(False), torch.no_grad():
                 return self._integrate(state.clone(), t0, t1, None if score is None else score.clone())
-        ladj = state.new_zeros(state.shape[:-1])
-        dynamics, extras = self._dynamics(state) if score is None else (_Scored(self._bind()), (score,))
-        dynamics.network = self.nn
-        solution = self.solver.integrate(dynamics, (state, ladj, *extras), t0, t1)
+        field = self._bind_with_integrals(state) if score is None else self._bind()
+        field.network = self.nn
+        solution = self.solver.integrate_with_divergence(field, state, t0, t1, score)
         self._record.last = solution.stats
         return solution.state
 

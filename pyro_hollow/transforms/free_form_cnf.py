@@ -22,6 +22,8 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pyro_hollow.nn.arguments import check_widths, closest_keywords
 from pyro_hollow.ode import Solver
+from pyro_hollow.ops.derivatives import alias_of
+from pyro_hollow.ops.vector_field import VectorField
 
 from .continuous import ConditionalCNF, ConditionedCNF
 
@@ -332,7 +334,7 @@ class _Unbound:
         return self._function(t, x, *self._arguments)
 
 
-class _FreeFormField:
+class _FreeFormField(VectorField):
     """A free-form vector field for one solve, during which the probe stays the same."""
 
     def __init__(
@@ -352,14 +354,18 @@ class _FreeFormField:
         self._kernel = self._field.kernel(adjoint) if exact and isinstance(self._field, _DenseField) else None
         self.tensors = (*self._field.tensors, *(() if self._kernel is None else (self._kernel,)))
 
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        return self._field(t, x)
+
     def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`VectorField.with_divergence`."""
         if torch._C._are_functorch_transforms_active():
             return self._transformed(t, x)
         create_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors))
         create_graph |= torch.autograd.forward_ad._current_level >= 0  # a tangent needs the graph, too
         with torch.enable_grad():
             # An alias of its own, as an adjoint method cuts the state itself off from what is computed of it.
-            x = x.view_as(x) if x.requires_grad else x + torch.zeros_like(x, requires_grad=True)
+            x = alias_of(x)
             if self._kernel is not None:
                 f, divergence = self._field.with_trace(t, x, self._kernel, create_graph)
             else:

@@ -15,11 +15,14 @@ from pyro.distributions.util import copy_docs_from
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_hollow.nn import ConditionalHollowNN, Conditioner, HollowField, HollowNN
+from pyro_hollow.nn import ConditionalHollowNN, Conditioner, HollowNN
 from pyro_hollow.nn.arguments import closest_keywords
 from pyro_hollow.ode import Solver
+from pyro_hollow.ops.derivatives import alias_of
+from pyro_hollow.ops.stepper import Stepper, Tableau
+from pyro_hollow.ops.vector_field import VectorField
 
-from .continuous import ConditionalCNF, ConditionedCNF, Dynamics, _check_time
+from .continuous import ConditionalCNF, ConditionedCNF, _check_time
 
 __all__ = [
     "ConditionalHollowCNF",
@@ -61,29 +64,48 @@ class Regularization(NamedTuple):
         return kinetic * self.kinetic + jacobian * (self.diagonal + self.hollow)
 
 
-class _Regularized:
-    """The dynamics of (state, log-determinant, the integrals of a :class:`Regularization`)."""
+class _Regularized(VectorField):
+    """
+    A field with the integrals of a :class:`Regularization`.
 
-    network: torch.nn.Module
+    :param VectorField field: the field.
+    :param Tensor probe: random signs with the shape ``(*, d)`` of the state.
+    """
 
-    def __init__(self, field: HollowField, probe: Tensor) -> None:
+    def __init__(self, field: VectorField, probe: Tensor) -> None:
         self.tensors = field.tensors
-        self.state_field = self._field = field
+        self._field = field
         self._probe = probe
 
-    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, field = state[0], self._field
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        return self._field(t, x)
+
+    def with_diagonal(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`HollowField.with_diagonal`."""
+        f, diagonal = self._field.dimwise_derivatives(t, x, 1)
+        return f, diagonal
+
+    def initial_state(self, x: Tensor) -> tuple[Tensor, ...]:
+        """See :meth:`VectorField.initial_state`."""
+        return *super().initial_state(x), x.new_zeros(*x.shape[:-1], 3)
+
+    def augmented(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """See :meth:`VectorField.augmented`."""
+        x = state[0]
         create_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors))
         with torch.enable_grad():
-            # The conditioner gets an alias of x of its own: the gradient with respect to it is that of the hollow part.
-            alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            f, diagonal = field.transformer.derivatives(t, x, field.conditioner(t, alias), 1)
-            (product,) = torch.autograd.grad(
-                f, alias, self._probe, create_graph=create_graph, allow_unused=True, materialize_grads=True
-            )
-        costs = torch.stack([part.square().sum(-1) for part in (f, diagonal, product)], dim=-1)
+            alias = alias_of(x)
+            f, diagonal = self.with_diagonal(t, alias)
+            (product,) = torch.autograd.grad(f, alias, self._probe, create_graph=create_graph, materialize_grads=True)
+            # Not by the path through h: the transformer may mix coordinates, too. One coordinate has no hollow part.
+            hollow = product - diagonal * self._probe if x.shape[-1] > 1 else torch.zeros_like(x)
+        costs = torch.stack([part.square().sum(-1) for part in (f, diagonal, hollow)], dim=-1)
         derivative = f, diagonal.sum(-1), costs
         return derivative if create_graph else tuple(part.detach() for part in derivative)
+
+    def stepper(self, tableau: Tableau, state: tuple[Tensor, ...], compile: bool = False) -> tuple[Stepper, str]:
+        """See :meth:`VectorField.stepper`."""
+        return super().stepper(tableau, state)[0], "regularize=True has no derivatives by hand"
 
 
 @copy_docs_from(Transform)
@@ -109,14 +131,12 @@ class ConditionedHollowCNF(ConditionedCNF):
         super().__init__(nn, context, solver=solver, time=time, cache_size=cache_size)
         self.regularize = regularize
 
-    def _bind(self) -> HollowField:
+    def _bind(self) -> VectorField:
         return self.nn.bind(self.context)
 
-    def _dynamics(self, x: Tensor) -> tuple[Dynamics, tuple[Tensor, ...]]:
-        if not self.regularize:
-            return super()._dynamics(x)
-        probe = torch.randint_like(x, 2).mul_(2).sub_(1)
-        return _Regularized(self._bind(), probe), (x.new_zeros(*x.shape[:-1], 3),)
+    def _bind_with_integrals(self, x: Tensor) -> VectorField:
+        field = self._bind()
+        return _Regularized(field, torch.randint_like(x, 2).mul_(2).sub_(1)) if self.regularize else field
 
     def _settings(self) -> tuple[Any, ...]:
         return *super()._settings(), self.regularize

@@ -120,6 +120,23 @@ def test_derivatives_of_single_elements(name, order, transform):
     assert_all_close([*expected[:-1], slope], expected)
 
 
+@each_activation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_vjp(name, dtype):
+    s = get_activation(name)
+    z = torch.linspace(-30, 30, 121, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(121, dtype=dtype)
+    (expected,) = torch.autograd.grad(s.apply(z.clone()), z, gradient)
+    argument = z.detach().clone()
+    value = s.apply(argument)  # may overwrite its argument, which is what vjp gets
+    inputs = [tensor.clone() for tensor in (gradient, argument, value)]
+    actual = s.vjp(gradient, argument, value)
+    # torch takes softplus for linear beyond 20, where its slope is 2e-9 from 1.
+    assert actual.dtype == dtype
+    assert (actual - expected).abs().max() <= (1e-8 if dtype == torch.float64 else 1e-6) * expected.abs().max()
+    assert all(torch.equal(a, b) for a, b in zip((gradient, argument, value), inputs, strict=True))
+
+
 @pytest.mark.parametrize("name", ["relu", "Tanh", "", None])
 def test_unknown_name(name):
     with pytest.raises(ValueError, match="activation must be one of"):

@@ -49,13 +49,13 @@ def parameter_gradients(value, flow):
 def solves(monkeypatch):
     """A list that grows by one with each solve."""
     calls = []
-    integrate = Solver.integrate
+    integrate = Solver.integrate_with_divergence
 
     def counted(self, *args):
         calls.append(self)
         return integrate(self, *args)
 
-    monkeypatch.setattr(Solver, "integrate", counted)
+    monkeypatch.setattr(Solver, "integrate_with_divergence", counted)
     return calls
 
 

@@ -2,11 +2,12 @@
    SPDX-License-Identifier: Apache-2.0
 
    Runge-Kutta steps of a hollow field (grouped conditioner, closed-form transformer) with its divergence, and their
-   backward pass. It does what nn/tape.py and ode/runge_kutta.py do, on as many samples at a time as a vector register
-   holds: so all that a coordinate needs stays in the cache, and nothing is kept of a stage but its state.
+   backward pass. It does what HollowStepper does, on as many samples at a time as a vector register holds: so all that a
+   coordinate needs stays in the cache, and nothing is kept of a stage but its state.
 
-   Arrays of the caller are coordinate-major: (d, batch), or (stages, d, batch). Defined when compiling: REAL, and UINT,
-   the unsigned integer of its size. */
+   Arrays of the caller are coordinate-major: states and slopes (d + 1, batch), the integral of the divergence in the
+   last row, and those of all stages (stages, d + 1, batch). Defined when compiling: REAL, and UINT, the unsigned integer
+   of its size. */
 
 #include <math.h>
 #include <stdint.h>
@@ -25,7 +26,7 @@
 typedef REAL vec __attribute__((vector_size(BYTES)));
 typedef UINT bits __attribute__((vector_size(BYTES)));
 
-/* The bound tensors; see _DenseTape and _ClosedFormTape. Offsets have one column, or one for each sample. */
+/* The bound tensors; see BoundDense and BoundClosedForm. Offsets have one column, or one for each sample. */
 typedef struct {
     int64_t d, batch, depth, width, logistic_units, logistic_terms, offset_columns, term_columns;
     double max_rate; /* 0 for none */
@@ -367,18 +368,15 @@ static void combine(
     }
 }
 
-/* The mean square of a step's error relative to the tolerance, for the worst sample; NAN if it is not finite. */
+/* The mean square of a step's error relative to the tolerance in so many rows, for the worst sample; NAN if it is not
+   finite. */
 static double largest_error(
-    const Tableau *tableau, double h, const REAL *start, const REAL *end, const REAL *slopes, int64_t rows,
-    int64_t batch, double rtol, double atol, REAL *error
+    const REAL *error, const REAL *start, const REAL *end, int64_t rows, int64_t batch, double rtol, double atol
 ) {
-    const int64_t size = rows * batch;
     double worst = 0;
-    memset(error, 0, size * sizeof(REAL));
-    combine(error, error, h, tableau->error, 1, slopes, 0, tableau->stages + 1, size);
     for (int64_t b = 0; b < batch; b++) {
         double total = 0;
-        for (int64_t k = b; k < size; k += batch) {
+        for (int64_t k = b; k < rows * batch; k += batch) {
             const double ratio = error[k] / (atol + rtol * fmax(fabs(start[k]), fabs(end[k])));
             total += ratio * ratio;
         }
@@ -388,33 +386,34 @@ static double largest_error(
     return worst;
 }
 
-/* One step: fills the states, slopes and integrands of its stages, of which the first is known if told so, and x and
-   integral at its end. With an error estimate evaluates there, too, and returns the square of the error's ratio; -1 if
-   there is no memory. */
+/* One step: fills the states and slopes of its stages, of which the first slope is known if told so, and the state at
+   its end. With an error estimate evaluates there, too, and returns the square of the error's ratio; -1 if there is no
+   memory. */
 double step(
-    const Net *net, const Tableau *tableau, double t, double h, const REAL *x, const REAL *integral, int64_t known,
-    REAL *states, REAL *slopes, REAL *integrands, REAL *x_end, REAL *integral_end, double rtol, double atol
+    const Net *net, const Tableau *tableau, double t, double h, const REAL *y, int64_t known, REAL *states,
+    REAL *slopes, REAL *end, double rtol, double atol
 ) {
-    const int64_t stages = tableau->stages, batch = net->batch, size = net->d * batch;
+    const int64_t stages = tableau->stages, batch = net->batch, rows = net->d * batch, size = rows + batch;
     void *block;
     vec *memory = allocate(net, size, &block);
     if (memory == NULL) return -1;
     Work work = make_work(net, memory);
     REAL *error = (REAL *)(memory + work_size(net));
     for (int64_t s = 0; s < stages; s++) {
-        combine(states + s * size, x, h, tableau->a + s * stages, 1, slopes, 0, s, size);
-        if (s >= known)
-            evaluate(net, &work, t + tableau->c[s] * h, states + s * size, slopes + s * size, integrands + s * batch);
+        REAL *state = states + s * size, *slope = slopes + s * size;
+        combine(state, y, h, tableau->a + s * stages, 1, slopes, 0, s, size);
+        if (s >= known) evaluate(net, &work, t + tableau->c[s] * h, state, slope, slope + rows);
     }
-    combine(x_end, x, h, tableau->b, 1, slopes, 0, stages, size);
-    combine(integral_end, integral, h, tableau->b, 1, integrands, 0, stages, batch);
+    combine(end, y, h, tableau->b, 1, slopes, 0, stages, size);
     double worst = 0;
     if (tableau->error != NULL) {
-        evaluate(net, &work, t + h, x_end, slopes + stages * size, integrands + stages * batch);
-        const double state = largest_error(tableau, h, x, x_end, slopes, net->d, batch, rtol, atol, error);
-        const double other =
-            largest_error(tableau, h, integral, integral_end, integrands, 1, batch, rtol, atol, error);
-        worst = isnan(state) || isnan(other) ? NAN : fmax(state, other);
+        REAL *slope = slopes + stages * size;
+        evaluate(net, &work, t + h, end, slope, slope + rows);
+        memset(error, 0, size * sizeof(REAL));
+        combine(error, error, h, tableau->error, 1, slopes, 0, stages + 1, size);
+        const double state = largest_error(error, y, end, net->d, batch, rtol, atol);
+        const double integral = largest_error(error + rows, y + rows, end + rows, 1, batch, rtol, atol);
+        worst = isnan(state) || isnan(integral) ? NAN : fmax(state, integral);
     }
     free(block);
     return worst;
@@ -478,11 +477,10 @@ static void add_gradients(
     }
 }
 
-/* Pulls the gradient x_bar at the end of a step back to its start, in place, and adds to those of the weights if these
-   are wanted. Returns 0, or -1 if there is no memory. */
-int back(
-    const Net *net, const Sums *sums, const Tableau *tableau, double t, double h, const REAL *states, REAL *x_bar,
-    const REAL *integral_bar
+/* Pulls the gradient at the end of a step back to its start, in place, and adds to those of the weights if these are
+   wanted. Returns 0, or -1 if there is no memory. */
+int step_vjp(
+    const Net *net, const Sums *sums, const Tableau *tableau, double t, double h, const REAL *states, REAL *y_bar
 ) {
     const int64_t stages = tableau->stages, batch = net->batch, size = net->d * batch;
     const int64_t rows_of_coordinate = sums == NULL ? 0 : 1 + 2 * all_units(net) + 3 * net->width + 2;
@@ -492,23 +490,25 @@ int back(
     Work work = make_work(net, memory);
     REAL *slope_bar = (REAL *)(memory + work_size(net)), *states_bar = slope_bar + size;
     REAL *divergence_bar = states_bar + stages * size, *rows = divergence_bar + stages * batch;
+    const REAL *integral_bar = y_bar + size;
     for (int64_t s = stages - 1; s >= 0; s--) {
         memset(slope_bar, 0, size * sizeof(REAL));
-        combine(slope_bar, slope_bar, h * tableau->b[s], (double[]){1}, 1, x_bar, 0, 1, size);
+        combine(slope_bar, slope_bar, h * tableau->b[s], (double[]){1}, 1, y_bar, 0, 1, size);
         combine(slope_bar, slope_bar, h, tableau->a + s, stages, states_bar, s + 1, stages, size);
         for (int64_t b = 0; b < batch; b++) divergence_bar[s * batch + b] = h * tableau->b[s] * integral_bar[b];
-        pull(net, &work, t + tableau->c[s] * h, states + s * size, slope_bar, divergence_bar + s * batch,
+        pull(net, &work, t + tableau->c[s] * h, states + s * (size + batch), slope_bar, divergence_bar + s * batch,
              states_bar + s * size, sums == NULL ? NULL : rows + s * batch, stages * batch);
     }
     for (int64_t s = 0; s < stages; s++)
-        for (int64_t k = 0; k < size; k++) x_bar[k] += states_bar[s * size + k];
+        for (int64_t k = 0; k < size; k++) y_bar[k] += states_bar[s * size + k];
     if (sums != NULL) add_gradients(net, sums, tableau, t, h, rows, divergence_bar);
     free(block);
     return 0;
 }
 
-/* Carries the score from the start of a step to its end, in place. Returns 0, or -1 if there is no memory. */
-int carry(const Net *net, const Tableau *tableau, double t, double h, const REAL *states, REAL *score) {
+/* Carries the score, with shape (d, batch), from the start of a step to its end, in place. Returns 0, or -1 if there is
+   no memory. */
+int step_score(const Net *net, const Tableau *tableau, double t, double h, const REAL *states, REAL *score) {
     const int64_t stages = tableau->stages, batch = net->batch, size = net->d * batch;
     void *block;
     vec *memory = allocate(net, (stages + 1) * size + batch, &block);
@@ -518,7 +518,7 @@ int carry(const Net *net, const Tableau *tableau, double t, double h, const REAL
     for (int64_t b = 0; b < batch; b++) ones[b] = 1;
     for (int64_t s = 0; s < stages; s++) {
         combine(stage, score, -h, tableau->a + s * stages, 1, slopes, 0, s, size);
-        pull(net, &work, t + tableau->c[s] * h, states + s * size, stage, ones, slopes + s * size, NULL, 0);
+        pull(net, &work, t + tableau->c[s] * h, states + s * (size + batch), stage, ones, slopes + s * size, NULL, 0);
     }
     combine(score, score, -h, tableau->b, 1, slopes, 0, stages, size);
     free(block);

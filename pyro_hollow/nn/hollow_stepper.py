@@ -1,0 +1,210 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Runge-Kutta steps of hollow fields with their divergence, differentiated by hand, in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from pyro_hollow.ops.stepper import (
+    AutogradStepper,
+    DifferentiatedStepper,
+    Slope,
+    Step,
+    Tableau,
+    Tolerances,
+    Unsupported,
+    error_ratio,
+    is_functional,
+    weights,
+)
+from pyro_hollow.ops.vector_field import VectorField
+
+from .conditioner import BoundConditioner
+from .layout import rows, unflatten_offset
+from .transformer import BoundTransformer
+
+__all__ = ["HollowStepper"]
+
+Saved = tuple[Tensor, ...]
+Sums = tuple[list[Tensor], list[Tensor]]
+#: Of the transformer and of the conditioner.
+Operands = list[Saved]
+
+#: The largest batch for which the gradients of the weights are taken for all stages of a step at a time. Beyond it,
+#: joining the stages costs more than it saves.
+_JOINED = 48
+
+
+class HollowStepper(DifferentiatedStepper):
+    """
+    Steps of a hollow field. Packed states have the shape ``(d + 1, batch)``, the integral of the divergence in the last
+    row.
+
+    :param Tableau tableau: the method.
+    :param VectorField field: the field.
+    :param conditioner: its conditioner.
+    :param transformer: its transformer.
+    :param state: the pair (x, integral) at the beginning, with shapes ``(*, d)`` and ``(*,)``.
+    :raises Unsupported: for conditioners and transformers without derivatives by hand, under a transform of torch.func,
+        and under autocast.
+    """
+
+    name = "hollow"
+
+    def __init__(
+        self,
+        tableau: Tableau,
+        field: VectorField,
+        conditioner: BoundConditioner,
+        transformer: BoundTransformer,
+        state: Saved,
+    ) -> None:
+        super().__init__(tableau, field.tensors)
+        if is_functional():
+            raise Unsupported("the solve is transformed")
+        if torch.is_autocast_enabled(state[0].device.type):
+            raise Unsupported("autocast is on")
+        self._field = field
+        self._shapes = [part.shape for part in state]
+        self._batch_shape = self._shapes[0][:-1]
+        self.trust = conditioner.trust
+        self._bound = (*conditioner.tensors, *transformer.tensors)
+        with torch.no_grad():
+            self._conditioner = conditioner.flattened(self._batch_shape)
+            self._transformer = transformer.flattened(self._batch_shape)
+        self._a, self._a_columns, self._b, self._error = weights(tableau, state[0].dtype, state[0].device)
+
+    def pack(self, state: Saved) -> Tensor:
+        """``(d + 1, batch)``."""
+        x, integral = state
+        return torch.cat([x.reshape(-1, x.shape[-1]).mT, integral.reshape(1, -1)])
+
+    def unpack(self, y: Tensor) -> Saved:
+        """See :meth:`Stepper.unpack`."""
+        return rows(y[:-1], self._batch_shape), y[-1].view(self._batch_shape)
+
+    def step(self, t: float, h: float, y: Tensor, first: Slope | None, tolerances: Tolerances | None) -> Step:
+        """See :meth:`Stepper.step`."""
+        c = self.tableau.c
+        # All stages in one tensor each, so that a stage takes one product and no view of its own.
+        states, slopes = y.new_empty(len(c), *y.shape), y.new_empty(len(c) + (tolerances is not None), *y.shape)
+        states[0] = y
+        start, flat, rest = y.view(-1), slopes.flatten(1).mT, states.flatten(1).unbind()
+        stages = list(zip(*_parts(states), *_parts(slopes), strict=False))
+        if first is None:
+            saved = [self._evaluate(t, *stages[0])]
+        else:
+            slopes[0] = first[0]
+            saved = [first[1]]
+        for i in range(1, len(c)):
+            torch.addmv(start, flat.narrow(1, 0, i), self._a[i], alpha=h, out=rest[i])
+            saved.append(self._evaluate(t + c[i] * h, *stages[i]))
+        end = torch.addmv(start, flat.narrow(1, 0, len(c)), self._b, alpha=h).view_as(y)
+        kept = tuple(chain.from_iterable(saved))
+        if tolerances is None:
+            return Step(end, kept, (slopes[0], saved[0]), None, 0.0)
+        last = slopes[-1]
+        (at_end,) = zip(*_parts(end.unsqueeze(0)), *_parts(last.unsqueeze(0)), strict=True)
+        after = last, self._evaluate(t + h, *at_end)
+        error = torch.mv(flat, self._error).mul_(h).view_as(y)
+        return Step(
+            end, kept, (slopes[0], saved[0]), after, error_ratio(error, y, end, (y.shape[0] - 1, 1), 0, tolerances)
+        )
+
+    def _evaluate(self, t: float, x: Tensor, integral: Tensor, f: Tensor, divergence: Tensor) -> Saved:
+        """Fills f and divergence; returns tensors for their derivatives."""
+        h, saved = self._conditioner.evaluate(t, x.squeeze(1))
+        terms = self._transformer.evaluate(t, x, h, f, divergence)
+        self._count = len(terms)
+        return *terms, *saved
+
+    def _vjp(self, saved: Saved, f_bar: Tensor, divergence_bar: Tensor) -> tuple[Tensor, Saved, Saved]:
+        """The gradient of x, and tensors for the gradients of the weights: the transformer's and the conditioner's."""
+        direct, h_bar, operands = self._transformer.vjp(saved[: self._count], f_bar, divergence_bar)
+        x_bar, others = self._conditioner.vjp(saved[self._count :], h_bar, direct.squeeze(1))
+        return x_bar, operands, others
+
+    def _stages(self, saved: Saved) -> list[Saved]:
+        """The tensors of each stage."""
+        size = len(saved) // len(self.tableau.b)
+        return [saved[i : i + size] for i in range(0, len(saved), size)]
+
+    def new_sums(self) -> Sums:
+        """See :meth:`DifferentiatedStepper.new_sums`."""
+        return _zeros(self._conditioner.tensors), _zeros(self._transformer.tensors)
+
+    def step_vjp(self, t: float, h: float, saved: Saved, y_bar: Tensor, sums: Sums) -> Tensor:
+        """See :meth:`DifferentiatedStepper.step_vjp`."""
+        b, c = self.tableau.b, self.tableau.c
+        x_bar, integral_bar = y_bar[:-1].unsqueeze(1), y_bar[-1]
+        bars = y_bar.new_empty(len(c), *x_bar.shape)  # the gradients of the states of the stages
+        start, flat, rest = x_bar.view(-1), bars.flatten(1).mT, bars.squeeze(2).unbind()
+        divergence_bars = torch.outer(self._b * h, integral_bar).unbind()
+        times = y_bar.new_tensor([t + x * h for x in c])
+        operands: list[Operands] = []
+        for i, kept in reversed(list(enumerate(self._stages(saved)))):
+            later = flat.narrow(1, i + 1, len(c) - i - 1)
+            f_bar = torch.addmv(start, later, self._a_columns[i], beta=h * b[i], alpha=h).view_as(x_bar)
+            bar, *found = self._vjp(kept, f_bar, divergence_bars[i])
+            rest[i].copy_(bar)
+            operands.insert(0, found)
+            if y_bar.shape[1] > _JOINED:
+                self._accumulate(times[i : i + 1], operands, sums)
+                operands = []
+        self._accumulate(times, operands, sums)
+        return torch.cat([bars.sum(0).add_(x_bar).squeeze(1), y_bar[-1:]])
+
+    def _accumulate(self, times: Tensor, operands: list[Operands], sums: Sums) -> None:
+        """Adds the gradients of the weights in several evaluations."""
+        if operands and self.tensors:
+            terms, units = zip(*operands, strict=True)
+            self._transformer.accumulate(times, _side_by_side(terms), sums[1])
+            self._conditioner.accumulate(times, _side_by_side(units), sums[0])
+
+    def gradients(self, sums: Sums) -> Saved:
+        """See :meth:`DifferentiatedStepper.gradients`."""
+        gradients = (*sums[0], *self._transformer.gradients(sums[1]))
+        known: dict[int, Tensor] = {}
+        for tensor, gradient in zip(self._bound, gradients, strict=True):
+            if gradient.shape != tensor.shape:
+                gradient = unflatten_offset(gradient, tensor, self._batch_shape)
+            known[id(tensor)] = known[id(tensor)] + gradient if id(tensor) in known else gradient
+        return tuple([known[id(tensor)] for tensor in self.tensors])
+
+    def step_score(self, t: float, h: float, saved: Saved, score: Tensor) -> Tensor:
+        """See :meth:`Stepper.step_score`."""
+        start = score.reshape(-1, score.shape[-1]).mT.contiguous()
+        one = start.new_ones(start.shape[1])
+        slopes = start.new_empty(len(self.tableau.b), *start.shape)
+        flat, rest = slopes.flatten(1).mT, slopes.unbind()
+        for i, kept in enumerate(self._stages(saved)):
+            stage = torch.addmv(start.view(-1), flat.narrow(1, 0, i), self._a[i], alpha=-h).view_as(start)
+            rest[i].copy_(self._vjp(kept, stage.unsqueeze(1), one)[0])
+        end = torch.addmv(start.view(-1), flat, self._b, alpha=-h).view_as(start)
+        return rows(end, self._batch_shape).contiguous()
+
+    def recorded(self) -> AutogradStepper:
+        """See :meth:`DifferentiatedStepper.recorded`."""
+        return AutogradStepper(self.tableau, self._field.augmented, self._shapes)
+
+
+def _parts(states: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The x, with shape ``(d, 1, batch)``, and the integral, with shape ``(1, batch)``, of each of several states."""
+    x, integral = states.split_with_sizes((states.shape[1] - 1, 1), 1)
+    return x.unsqueeze(2).unbind(), integral.unbind()
+
+
+def _zeros(tensors: Saved) -> list[Tensor]:
+    return [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+
+
+def _side_by_side(operands: Sequence[Saved]) -> Saved:
+    if len(operands) == 1:
+        return operands[0]
+    return tuple([torch.cat(parts, dim=-1) for parts in zip(*operands, strict=True)])
