@@ -38,9 +38,11 @@ from torch import Tensor, nn
 
 from pyro_hollow.experiments.harness import Parser, Progress, interleaved, positive, table
 from pyro_hollow.infer import AutoHollowCNF
-from pyro_hollow.nn import ConditionalHollowNN, HollowNN
+from pyro_hollow.nn import ConditionalHollowNN, HollowField, HollowNN
 from pyro_hollow.ode import Solver
 from pyro_hollow.ops import dimwise_derivatives
+from pyro_hollow.ops.stepper import Stepper, Tableau
+from pyro_hollow.ops.vector_field import VectorField
 from pyro_hollow.transforms import FreeFormCNF, FreeFormNN, HollowCNF
 
 EVALUATIONS = 8
@@ -74,12 +76,15 @@ def hollow_divergence(net: HollowNN) -> Callable[[], Evaluate]:
     return lambda: net.bind().with_divergence
 
 
-class SourceField:
+class SourceField(VectorField):
     """A hollow field with its divergence by a backward pass through the transformer: the source's way."""
 
     def __init__(self, net: ConditionalHollowNN) -> None:
         self._field = net.bind()
         self.tensors = self._field.tensors
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        return self._field(t, x)
 
     def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~pyro_hollow.nn.HollowField`."""
@@ -96,24 +101,24 @@ def source_divergence(net: HollowNN) -> Callable[[], Evaluate]:
 class SourceCNF(HollowCNF):
     """A Hollow-CNF that takes the divergence the source's way."""
 
-    def _bind(self) -> SourceField:  # type: ignore[override]
+    def _bind(self) -> VectorField:
         return SourceField(self.nn)
 
 
-class AutogradField:
-    """A hollow field without its tape: automatic differentiation goes back through the steps."""
+class AutogradField(HollowField):
+    """A hollow field whose steps are differentiated automatically."""
 
-    def __init__(self, net: ConditionalHollowNN) -> None:
-        field = net.bind()
-        self.tensors = field.tensors
-        self.with_divergence = field.with_divergence
+    def stepper(self, tableau: Tableau, state: tuple[Tensor, ...], compile: bool = False) -> tuple[Stepper, str]:
+        """See :class:`~pyro_hollow.nn.HollowField`."""
+        return VectorField.stepper(self, tableau, state)
 
 
 class AutogradCNF(HollowCNF):
-    """A Hollow-CNF that is solved without its tape."""
+    """A Hollow-CNF whose steps are differentiated automatically."""
 
-    def _bind(self) -> AutogradField:  # type: ignore[override]
-        return AutogradField(self.nn)
+    def _bind(self) -> VectorField:
+        field = self.nn.bind()
+        return AutogradField(self.nn.input_dim, field.conditioner, field.transformer)
 
 
 def free_form_divergence(net: nn.Module, divergence: str) -> Callable[[], Evaluate]:
@@ -227,7 +232,6 @@ def can_compile(device: str) -> bool:
     return device == "cpu"
 
 
-#: Fields with and without a tape.
 FIELDS: dict[str, Callable[[int], HollowCNF | FreeFormCNF]] = {
     "grouped": lambda d: HollowCNF(HollowNN(d, max_rate=4.0)),  # as in a flow
     "leave-one-out": lambda d: HollowCNF(HollowNN(d, max_rate=4.0, conditioner="leave-one-out")),
@@ -236,9 +240,9 @@ FIELDS: dict[str, Callable[[int], HollowCNF | FreeFormCNF]] = {
 
 
 def solves(sizes: Sequence[tuple[int, int]], repeats: int, device: str = "cpu") -> list[str]:
-    """Rows: whole solves, forward + backward, by torchdiffeq, by recorded steps, by tape and compiled."""
+    """Rows: whole solves, forward + backward, by torchdiffeq and by each executor."""
     lines = [
-        "| field | d, batch | solver | torchdiffeq (ms) | evaluations | autograd | evaluations | tape | compiled |",
+        "| field | d, batch | solver | torchdiffeq (ms) | evaluations | autograd | evaluations | hollow | native |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (kind, make), (d, batch), (name, solver) in itertools.product(FIELDS.items(), sizes, SOLVERS.items()):
@@ -249,16 +253,15 @@ def solves(sizes: Sequence[tuple[int, int]], repeats: int, device: str = "cpu") 
         flow.to(device).solver = solver
         x = torch.randn(batch, d, device=device)
         flows: dict[str, HollowCNF | FreeFormCNF] = {"autograd": flow}
-        if kind == "grouped":
-            assert isinstance(flow.nn, HollowNN)
-            flows = {"autograd": AutogradCNF(flow.nn, solver=solver), "tape": flow}
-            if can_compile(device):
-                flows["compiled"] = HollowCNF(flow.nn, solver=replace(solver, compile=True))
+        if isinstance(flow.nn, HollowNN):
+            flows = {"autograd": AutogradCNF(flow.nn, solver=solver), "hollow": flow}
+            if kind == "grouped" and can_compile(device):
+                flows["native"] = HollowCNF(flow.nn, solver=replace(solver, compile=True))
         steps: dict[str, Callable[[], object]] = {k: partial(_step_of_density, f, x) for k, f in flows.items()}
         steps["torchdiffeq"] = partial(_step_by_torchdiffeq, flow, x)
         times = interleaved(steps, repeats, f"solve of {kind}, d = {d}, {name}")
         found = flows["autograd"].last_solve
-        ratios = [f"{times[k] / times['torchdiffeq']:.2f}" if k in times else "-" for k in ("tape", "compiled")]
+        ratios = [f"{times[k] / times['torchdiffeq']:.2f}" if k in times else "-" for k in ("hollow", "native")]
         lines.append(
             f"| {kind} | {d}, {batch} | {name} | {times['torchdiffeq'] * 1e3:.1f} | {_step_by_torchdiffeq(flow, x)} | "
             f"{times['autograd'] / times['torchdiffeq']:.2f} | {found.nfe if found else 0} | {' | '.join(ratios)} |"
@@ -267,11 +270,10 @@ def solves(sizes: Sequence[tuple[int, int]], repeats: int, device: str = "cpu") 
 
 
 def _step_by_torchdiffeq(flow: HollowCNF | FreeFormCNF, x: Tensor) -> int:
-    """A training step of a density whose field the solver does not know; returns the number of evaluations."""
-    field = flow._bind()
-    state = x, x.new_zeros(x.shape[:-1])
-    solution = flow.solver.integrate(lambda t, pair: field.with_divergence(t, pair[0]), state, flow.time, 0.0)
-    z, ladj = solution.state
+    """A training step of a density that torchdiffeq solves; returns the number of evaluations."""
+    options = {"min_step": 0.0} if flow.solver.adaptive else {"perturb": False}  # its defaults, which we do not know
+    solver = replace(flow.solver, options={**flow.solver.options, **options})
+    z, ladj = (solution := solver.integrate_with_divergence(flow._bind(), x, flow.time, 0.0)).state
     (z.pow(2).sum(-1) / 2 - ladj).mean().backward()
     return solution.stats.nfe
 
@@ -405,7 +407,7 @@ TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], list[str]]]] = {
         lambda args: peers_over_hollow([d for d in args.dims if d <= 256], args.batch_size, args.repeats, args.device),
     ),
     "solves": (
-        "Time of a training step of a density relative to torchdiffeq's, by recorded steps, by tape and compiled",
+        "Time of a training step of a density relative to torchdiffeq's, by each executor",
         lambda args: solves([(2, 32), (10, 32), (40, 32), (64, 256)], args.repeats, args.device),
     ),
     "svi": (

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -47,17 +46,9 @@ def _hollow(d: int, context_dim: int, solver: Solver) -> ConditionalHollowCNF:
     return conditional_hollow_cnf(d, context_dim, solver=solver)
 
 
-def _like_tape(solver: Solver) -> Solver:
-    """
-    Begins with the whole interval, as a hollow field's own solver does, so that evaluations can be compared; but later
-    steps are chosen by torchdiffeq, which rejects more of them.
-    """
-    return replace(solver, options={"first_step": 1.0})
-
-
 def _hollow_stochastic(d: int, context_dim: int, solver: Solver) -> nn.Module:
     network = _hollow(d, context_dim, solver).nn
-    return ConditionalFreeFormCNF(network, divergence="hutchinson", probe="gaussian", solver=_like_tape(solver))
+    return ConditionalFreeFormCNF(network, divergence="hutchinson", probe="gaussian", solver=solver)
 
 
 def _free_form(divergence: str) -> Callable[..., nn.Module]:
@@ -65,7 +56,7 @@ def _free_form(divergence: str) -> Callable[..., nn.Module]:
         width = max(64, 2 * d)
         return conditional_free_form_cnf(
             d, context_dim, [width, width], rank=max(4, d // 8), divergence=divergence, probe="gaussian",
-            solver=_like_tape(solver),
+            solver=solver,
         )  # fmt: skip
 
     return make
