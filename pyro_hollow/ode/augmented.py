@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from pyro_hollow.ops.stepper import score_slope
 from pyro_hollow.ops.vector_field import VectorField
 
 __all__ = ["Augmented", "Scored"]
@@ -43,9 +43,5 @@ class Scored(Augmented):
         self.state_field = None
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, score = state[0], state[2].detach()
-        with torch.enable_grad():
-            alias = x.detach().requires_grad_()
-            f, divergence = self._field.with_divergence(t, alias)
-            (slope,) = torch.autograd.grad((f * score).sum() + divergence.sum(), alias)
-        return *super().__call__(t, state[:2]), -slope
+        pair = state[:2]
+        return *super().__call__(t, pair), score_slope(self._field.augmented, t, pair, state[2].detach())

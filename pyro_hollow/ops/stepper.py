@@ -38,6 +38,7 @@ __all__ = [
     "is_batched",
     "is_functional",
     "largest_rms",
+    "score_slope",
     "weights",
 ]
 
@@ -242,6 +243,22 @@ def error_ratio(
     return float(largest_rms(error.split_with_sizes(list(sizes), dim), dim))
 
 
+@torch.enable_grad()
+def score_slope(function: Callable[[Tensor, Parts], Parts], t: Tensor, state: Parts, score: Tensor) -> Tensor:
+    r"""
+    The time derivative of a score s, as a constant, :math:`-(\partial f / \partial x)^T s - \nabla (\nabla \cdot f)`.
+
+    :param function: maps a scalar time and (x, the integral of the divergence) to f and the divergence.
+    :param Tensor t: the time.
+    :param state: the pair.
+    :param Tensor score: the score at x, with its shape.
+    """
+    x, integral = (part.detach() for part in state)
+    f, divergence = function(t, (x.requires_grad_(), integral))
+    (slope,) = torch.autograd.grad((f * score).sum() + divergence.sum(), x)
+    return slope.neg_()
+
+
 def largest_rms(parts: Sequence[Tensor], dim: int) -> Tensor:
     """
     The largest root mean square of a part in any sample.
@@ -311,13 +328,8 @@ class AutogradStepper(Stepper):
         """See :meth:`Stepper.step_score`."""
         slopes: list[Tensor] = []
         for row, c, y in zip(self.tableau.a, self.tableau.c, saved, strict=True):
-            x, *rest = self.unpack(y.detach())
-            stage = combine(score, h, row, slopes)
-            with torch.enable_grad():
-                x.requires_grad_()
-                f, divergence = self._function(torch.tensor(t + c * h, dtype=y.dtype, device=y.device), (x, *rest))
-                (slope,) = torch.autograd.grad((f * stage).sum() + divergence.sum(), x)
-            slopes.append(slope.neg_())
+            time = torch.tensor(t + c * h, dtype=y.dtype, device=y.device)
+            slopes.append(score_slope(self._function, time, self.unpack(y), combine(score, h, row, slopes)))
         return combine(score, h, self.tableau.b, slopes)
 
 
