@@ -96,7 +96,7 @@ class HollowStepper(DifferentiatedStepper):
         states, slopes = y.new_empty(len(c), *y.shape), y.new_empty(len(c) + (tolerances is not None), *y.shape)
         states[0] = y
         start, flat, rest = y.view(-1), slopes.flatten(1).mT, states.flatten(1).unbind()
-        stages = list(zip(*_parts(states), *_parts(slopes), strict=False))
+        stages = list(zip(_parts(states)[0], *_parts(slopes), strict=False))
         if first is None:
             saved = [self._evaluate(t, *stages[0])]
         else:
@@ -110,14 +110,14 @@ class HollowStepper(DifferentiatedStepper):
         if tolerances is None:
             return Step(end, kept, (slopes[0], saved[0]), None, 0.0)
         last = slopes[-1]
-        (at_end,) = zip(*_parts(end.unsqueeze(0)), *_parts(last.unsqueeze(0)), strict=True)
+        (at_end,) = zip(_parts(end.unsqueeze(0))[0], *_parts(last.unsqueeze(0)), strict=True)
         after = last, self._evaluate(t + h, *at_end)
         error = torch.mv(flat, self._error).mul_(h).view_as(y)
         return Step(
             end, kept, (slopes[0], saved[0]), after, error_ratio(error, y, end, (y.shape[0] - 1, 1), 0, tolerances)
         )
 
-    def _evaluate(self, t: float, x: Tensor, integral: Tensor, f: Tensor, divergence: Tensor) -> Saved:
+    def _evaluate(self, t: float, x: Tensor, f: Tensor, divergence: Tensor) -> Saved:
         """Fills f and divergence; returns tensors for their derivatives."""
         h, saved = self._conditioner.evaluate(t, x.squeeze(1))
         terms = self._transformer.evaluate(t, x, h, f, divergence)

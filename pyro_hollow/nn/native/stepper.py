@@ -152,10 +152,8 @@ class NativeStepper(HollowStepper):
 
     def step_score(self, t: float, h: float, saved: Saved, score: Tensor) -> Tensor:
         """See :meth:`Stepper.step_score`."""
-        states, columns = (
-            saved[0].contiguous(),
-            score.reshape(-1, score.shape[-1]).mT.clone(memory_format=torch.contiguous_format),
-        )
+        states = saved[0].contiguous()
+        columns = score.reshape(-1, score.shape[-1]).mT.clone(memory_format=torch.contiguous_format)
         status = self._library.step_score(
             ctypes.byref(self._net), _tableau(self.tableau, False)[0], t, h, states.data_ptr(), columns.data_ptr()
         )
