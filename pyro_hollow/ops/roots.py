@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
+from .arguments import closest_keywords
 from .derivatives import fill_by_differences, jacobian
 
 __all__ = ["RootError", "RootOptions", "RootResult", "attach", "fixed_point", "jacobi_newton", "newton"]
@@ -98,6 +99,58 @@ class RootOptions(TypedDict, total=False):
     throw: bool
 
 
+@dataclass(frozen=True)
+class _Iteration:
+    """The iteration by which a root is found, sample by sample; its settings are those of :class:`RootOptions`."""
+
+    tolerance: float = 1e-8
+    scale: Tensor | None = None
+    max_iterations: int = 100
+    max_rate: float = 1.0
+    first_rate: Tensor | float = 0.5
+    damping: float = 1.0
+    throw: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("tolerance", "damping", "max_iterations"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, but got {getattr(self, name)}")
+
+    @torch.no_grad()
+    def run(self, update: Callable[[Tensor], Tensor], x: Tensor) -> RootResult:
+        """Adds the damped update to x until all samples have converged or are given up; without gradients."""
+        x = x.detach()
+        active = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        converged, slow = torch.zeros_like(active), torch.zeros_like(active)
+        iterations = torch.zeros_like(active, dtype=torch.long)
+        rate = x.new_zeros(active.shape)
+        last: Tensor | None = None
+        for _ in range(self.max_iterations):
+            dx = self.damping * update(x)
+            size, finest = _norm(dx, self.scale), 4 * torch.finfo(x.dtype).eps * _norm(x, self.scale)
+            finite = size.isfinite()
+            x = torch.where((active & finite).unsqueeze(-1), x + dx, x)
+            iterations += active
+            theta = (
+                torch.as_tensor(self.first_rate).to(size).expand_as(size)
+                if last is None
+                else torch.where(last > 0, size / last, 0.0)
+            )
+            left = torch.where(theta < 1, theta / (1 - theta), math.inf) * size
+            done = active & finite & ((left <= self.tolerance) | (size <= finest))
+            too_slow = torch.zeros_like(slow) if last is None else theta >= self.max_rate
+            if last is not None:
+                rate = torch.where(active, theta, rate)
+            rate = torch.where(active & ~finite, math.inf, rate)
+            converged |= done
+            active = active & finite & ~done & ~(slow & too_slow)
+            slow, last = too_slow, size
+            if not bool(active.any()):
+                break
+        return RootResult(x, iterations, converged, rate)
+
+
+@closest_keywords(_Iteration)
 def fixed_point(residual: Residual, x: Tensor, **options: Unpack[RootOptions]) -> RootResult:
     r"""
     Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega F(x)`.
@@ -125,6 +178,7 @@ def fixed_point(residual: Residual, x: Tensor, **options: Unpack[RootOptions]) -
     return _finish(lambda x: (residual(x), torch.ones_like(x)), result, iteration.throw)
 
 
+@closest_keywords(_Iteration)
 def jacobi_newton(residual: ResidualWithDiagonal, x: Tensor, **options: Unpack[RootOptions]) -> RootResult:
     r"""
     Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega F(x) / D F(x)`, elementwise.
@@ -146,6 +200,7 @@ def jacobi_newton(residual: ResidualWithDiagonal, x: Tensor, **options: Unpack[R
     return _finish(residual, result, iteration.throw, "diagonal of the Jacobian" if update.is_spoilt else None)
 
 
+@closest_keywords(_Iteration)
 def newton(
     residual: Residual,
     x: Tensor,
@@ -204,57 +259,6 @@ class _Jacobi:
         safe = torch.where(diagonal.isfinite() & (diagonal / self._first > _SAFE), diagonal, self._first)
         # The ratio is not finite where the first diagonal was 0; a coordinate that is a root already may stay.
         return torch.where(f == 0, 0.0, torch.where(safe.isfinite(), -f / safe, math.inf))
-
-
-@dataclass(frozen=True)
-class _Iteration:
-    """The iteration by which a root is found, sample by sample; its settings are those of :class:`RootOptions`."""
-
-    tolerance: float = 1e-8
-    scale: Tensor | None = None
-    max_iterations: int = 100
-    max_rate: float = 1.0
-    first_rate: Tensor | float = 0.5
-    damping: float = 1.0
-    throw: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("tolerance", "damping", "max_iterations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, but got {getattr(self, name)}")
-
-    @torch.no_grad()
-    def run(self, update: Callable[[Tensor], Tensor], x: Tensor) -> RootResult:
-        """Adds the damped update to x until all samples have converged or are given up; without gradients."""
-        x = x.detach()
-        active = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        converged, slow = torch.zeros_like(active), torch.zeros_like(active)
-        iterations = torch.zeros_like(active, dtype=torch.long)
-        rate = x.new_zeros(active.shape)
-        last: Tensor | None = None
-        for _ in range(self.max_iterations):
-            dx = self.damping * update(x)
-            size, finest = _norm(dx, self.scale), 4 * torch.finfo(x.dtype).eps * _norm(x, self.scale)
-            finite = size.isfinite()
-            x = torch.where((active & finite).unsqueeze(-1), x + dx, x)
-            iterations += active
-            theta = (
-                torch.as_tensor(self.first_rate).to(size).expand_as(size)
-                if last is None
-                else torch.where(last > 0, size / last, 0.0)
-            )
-            left = torch.where(theta < 1, theta / (1 - theta), math.inf) * size
-            done = active & finite & ((left <= self.tolerance) | (size <= finest))
-            too_slow = torch.zeros_like(slow) if last is None else theta >= self.max_rate
-            if last is not None:
-                rate = torch.where(active, theta, rate)
-            rate = torch.where(active & ~finite, math.inf, rate)
-            converged |= done
-            active = active & finite & ~done & ~(slow & too_slow)
-            slow, last = too_slow, size
-            if not bool(active.any()):
-                break
-        return RootResult(x, iterations, converged, rate)
 
 
 def _norm(x: Tensor, scale: Tensor | None) -> Tensor:

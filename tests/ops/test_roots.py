@@ -154,8 +154,13 @@ def test_invalid_settings_are_named(solve, name):
 
 
 @solvers
-def test_unknown_settings_are_named(solve):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'atol'"):
+def test_an_unknown_setting_is_answered_by_the_closest(solve, request):
+    finder = request.node.callspec.id
+    with pytest.raises(
+        TypeError, match=rf"{finder}\(\) has no keyword 'tolerence': did you mean 'tolerance'\? It takes "
+    ):
+        solve(Smooth(), torch.zeros(3, 2, 4), tolerence=1e-3)
+    with pytest.raises(TypeError, match=rf"{finder}\(\) has no keyword 'atol': .*max_rate, first_rate, damping, throw"):
         solve(Smooth(), torch.zeros(3, 2, 4), atol=1e-3)
 
 
