@@ -196,6 +196,7 @@ class Solver:
         :returns: the state at t1 and statistics.
         :raises SolverError: on step underflow, non-finite values, a corrector that does not converge, or more than
             max_nfe evaluations.
+        :raises TypeError: for a state that is complex, or whose first part is not of a floating-point type.
         :raises RuntimeError: if an adaptive solve is traced: the trace would repeat the steps of this one input.
             For compile=True without a C compiler that works.
         """
@@ -244,6 +245,7 @@ class Solver:
         stats = SolverStats(method=self.method)
         times = torch.tensor([t0, t1], dtype=first.dtype, device="cpu")
         whole = (*state, *scores) if scores else state
+        _check_types(parts(whole))
         if first.numel() == 0 or bool(times[0] == times[1]):
             return whole, stats
         if torch.jit.is_tracing() and self.adaptive:
@@ -252,7 +254,7 @@ class Solver:
                 "those of the example. Use a method of fixed step, for example Solver('rk4')."
             )
         tensors = self._check_gradients(field, state)
-        stats.reason = self._why_not_explicit(first)
+        stats.reason = self._why_not_explicit()
         self._check_functional((*parts(state), *tensors), bool(stats.reason))
         if stats.reason:
             end = self._elsewhere(field, whole, stats, times, tensors)
@@ -261,7 +263,7 @@ class Solver:
         self._warn_if_not_compiled(stats)
         return end, stats
 
-    def _why_not_explicit(self, x: Tensor) -> str:
+    def _why_not_explicit(self) -> str:
         """The reason against explicit steps of our own; empty if there is none."""
         if self.method not in explicit.TABLEAUS:
             return f"the method {self.method!r} has no tableau here"
@@ -271,7 +273,7 @@ class Solver:
             return "the solve is traced"
         if others := set(self.options) - ({"first_step"} if self.adaptive else {"step_size"}):
             return f"the options {sorted(others)} are torchdiffeq's"
-        return "" if x.is_floating_point() else f"the state is {x.dtype}"
+        return ""
 
     def _by_steps(
         self,
@@ -416,6 +418,17 @@ class Solver:
                     "method 'scipy_solver' has no gradients of its own: use adjoint=True or torch.no_grad()"
                 )
         return tensors
+
+
+def _check_types(state: tuple[Tensor, ...]) -> None:
+    for part in state:
+        if part.is_complex():
+            raise TypeError(
+                f"state must be real, but got {part.dtype}; integrate its real and imaginary parts side by side, "
+                "torch.view_as_real(state).flatten(-2)"
+            )
+    if not state[0].is_floating_point():
+        raise TypeError(f"state must be of a floating-point type, but got {state[0].dtype}; convert it with .float()")
 
 
 @contextmanager

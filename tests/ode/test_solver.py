@@ -614,6 +614,33 @@ def test_invalid_settings_are_named(settings_and_name):
         Solver(**settings)
 
 
+# A state, and what its error says.
+TYPES = {
+    "complex": (torch.ones(2, 3, dtype=torch.complex128), r"real, but got torch.complex128; .*view_as_real"),
+    "complex part": ((torch.ones(2, 3), torch.ones(2) * 1j), "real, but got torch.complex"),
+    "integers": (torch.ones(2, 3, dtype=torch.long), r"of a floating-point type, but got torch.int64; .*\.float\(\)"),
+    "no sample": (torch.ones(0, 3, dtype=torch.bool), "of a floating-point type, but got torch.bool"),
+}
+
+
+@pytest.mark.parametrize("method", ("rk4", "dopri5", "dopri8", "bdf", "scipy_solver"))
+@parametrize("case", TYPES)
+def test_states_of_another_type_are_refused(case, method):
+    state, message = case
+    with pytest.raises(TypeError, match=f"^state must be {message}"):
+        Solver(method).integrate(lambda t, state: state, state, 0.0, 1.0)
+
+
+def test_a_complex_equation_side_by_side():
+    state = torch.randn(4, 2, dtype=torch.complex128)
+
+    def field(t, x):
+        return torch.view_as_real(1j * torch.view_as_complex(x.unflatten(-1, (2, 2)))).flatten(-2)
+
+    end = Solver(rtol=1e-8, atol=1e-8).integrate(field, torch.view_as_real(state).flatten(-2), 0.0, math.pi).state
+    torch.testing.assert_close(torch.view_as_complex(end.unflatten(-1, (2, 2))), -state, rtol=0, atol=1e-6)
+
+
 def test_a_solver_is_a_value():
     first, second = (Solver("rk4", options={"step_size": 0.1}) for _ in range(2))
     assert first == second and hash(first) == hash(second)
