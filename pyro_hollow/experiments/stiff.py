@@ -394,7 +394,7 @@ def _wake_up() -> None:
     problem = linear(2, False)
     for method, corrector in SOLVERS.values():
         if corrector in CORRECTORS.values():
-            Solver(method, options={"corrector": corrector}).integrate(problem, problem.x, 0.0, 0.1)
+            Solver(method, options={"corrector": corrector}).integrate(problem, problem.x, 0.0, 1e-3)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

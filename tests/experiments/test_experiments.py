@@ -85,6 +85,12 @@ def test_source_and_closed_form_agree():
         torch.testing.assert_close(value, expected)
 
 
+@pytest.mark.parametrize("case", speed.MEMORY_CASES)
+def test_memory_is_never_negative(case):
+    assert speed.memory_of_step(case, True, 2, 3) >= 0
+
+
+@pytest.mark.slow
 def test_memory_of_a_step():
     # Intermediate states of four steps take hundreds of MiB at this size, and less with the adjoint method.
     rows = speed.memory_table(32, 512, 1, cases=("hollow",))[2:]

@@ -43,8 +43,29 @@ FIGURES = ("reconstructions.png", "samples.png")
 HOLLOW = ("hollow", "hollow-stochastic", "hollow-low-rank", "hollow-low-rank-2")
 CONTINUOUS = ("ffjord", "free-form-exact", "free-form-exact-path", *HOLLOW, *(f"{name}-path" for name in HOLLOW))
 
-flows = pytest.mark.parametrize("flow", FLOWS)
+# Some of each kind: without a flow, of discrete layers, with random probes, with exact traces, behind low-rank linear
+# maps, and with the path gradient. The others are slow.
+QUICK = (
+    "none",
+    "planar",
+    "iaf",
+    "ffjord",
+    "hollow",
+    "hollow-low-rank-2",
+    "hollow-stochastic",
+    "sylvester-path",
+    "hollow-low-rank-path",
+)
 REPEATED = ("planar", "ffjord", "hollow-low-rank-path")
+
+
+def quick(names):
+    return pytest.mark.parametrize(
+        "flow", [pytest.param(flow, marks=[] if flow in names else pytest.mark.slow) for flow in FLOWS]
+    )
+
+
+flows = quick(QUICK)
 
 
 def command(output, *flow, name="table", **changed):
@@ -74,13 +95,15 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, few_images):
-    """All flows, trained by one command."""
+def trained(tmp_path_factory, few_images, request):
+    """The flows of the tests that are to run, trained by one command."""
     folder, printed = tmp_path_factory.mktemp("vae"), io.StringIO()
+    asked_for = {item.callspec.params.get("flow") for item in request.session.items if hasattr(item, "callspec")}
+    chosen = [flow for flow in FLOWS if flow in asked_for | set(QUICK)]
     with contextlib.redirect_stdout(printed):
         torch.set_default_dtype(torch.float64)
         try:
-            results = vae.main(command(folder, *FLOWS))
+            results = vae.main(command(folder, *chosen))
         finally:
             torch.set_default_dtype(torch.float32)
     return Trained(folder / "digits", {result.config.flow: result for result in results}, printed.getvalue())
@@ -166,7 +189,7 @@ def test_tables_and_figure_of_all_runs(trained):
     table = (trained.folder / "table.md").read_text()
     assert table in trained.printed
     assert table == format_table(list(trained.results.values())) + "\n"
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {flow}" for flow in FLOWS]
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {flow}" for flow in trained.results]
     assert "scikit-learn's digits" in trained.printed and "K = 3" in trained.printed
     with open(trained.folder / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -201,7 +224,7 @@ def test_model_of_the_best_epoch_is_tested(trained):
 
 
 def test_results_are_used_again(trained, no_training, no_estimate, capsys):
-    results = vae.main(command(trained.folder.parent, *FLOWS))
+    results = vae.main(command(trained.folder.parent, *trained.results))
     assert results == list(trained.results.values())
     assert capsys.readouterr().out == trained.printed
 
@@ -209,7 +232,7 @@ def test_results_are_used_again(trained, no_training, no_estimate, capsys):
 def test_rows_of_the_table_can_be_chosen(trained, no_training, no_estimate, capsys):
     results = vae.main(command(trained.folder.parent, "iaf", "none"))
     assert [result.config.flow for result in results] == ["iaf", "none"]
-    vae.main(command(trained.folder.parent, *FLOWS))  # as the other tests expect
+    vae.main(command(trained.folder.parent, *trained.results))  # as the other tests expect
 
 
 def test_more_samples_test_again_without_training(trained, tmp_path, no_training):
@@ -278,9 +301,7 @@ def test_force_begins_anew(tmp_path):
 
 
 # A flow that solves nothing, one with random probes, and one with the path gradient; the others are slow.
-@pytest.mark.parametrize(
-    "flow", [pytest.param(flow, marks=[] if flow in REPEATED else pytest.mark.slow) for flow in FLOWS]
-)
+@quick(REPEATED)
 def test_same_seed_gives_same_numbers(flow, trained, tmp_path):
     # Nor does it matter what was trained before in the same process.
     (result,) = vae.main(command(tmp_path, flow))
@@ -351,7 +372,15 @@ def test_settings_that_cannot_be_timed_do_not_stop_the_others(tmp_path, monkeypa
     assert [result.config.flow for result in vae.main(command(tmp_path, "none", epochs=1))] == ["none"]
 
 
-def test_a_short_table_writes_no_bars_into_a_file(tmp_path):
+def test_a_short_table_writes_no_bars_into_a_file(tmp_path, capfd):
+    vae.main(command(tmp_path, "none", epochs=1, warmup=0, num_samples=1))
+    printed = capfd.readouterr().err
+    assert "\r" not in printed
+    assert len(printed.splitlines()) < 10 and "about" in printed
+
+
+@pytest.mark.slow
+def test_a_table_by_the_command_line(tmp_path):
     arguments = command(tmp_path, "none", epochs=1, warmup=0, batch_size=500, num_samples=1)
     process = subprocess.run(
         [sys.executable, "-m", "pyro_hollow.experiments.vae", *arguments], cwd=ROOT, capture_output=True, text=True,
@@ -359,6 +388,7 @@ def test_a_short_table_writes_no_bars_into_a_file(tmp_path):
     )  # fmt: skip
     assert "\r" not in process.stderr
     assert len(process.stderr.splitlines()) < 10 and "about" in process.stderr
+    assert "| none |" in process.stdout
 
 
 def test_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
@@ -551,7 +581,7 @@ def test_command_may_follow_the_options(tmp_path):
 
 def test_yaml_trains_the_same(trained, no_training, no_estimate, tmp_path, capsys):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({**SETTINGS, "flow": list(FLOWS), "output": str(trained.folder.parent)}))
+    path.write_text(yaml.safe_dump({**SETTINGS, "flow": list(trained.results), "output": str(trained.folder.parent)}))
     assert vae.main(["table", "--config", str(path)]) == list(trained.results.values())
 
 
