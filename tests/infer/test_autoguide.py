@@ -1375,6 +1375,7 @@ for way in ("store", "state"):
 """
 
 
+@pytest.mark.slow
 def test_a_new_process(tmp_path, monkeypatch):
     """Of what is saved here, by the guide's state and by Pyro's store; AutoMultivariateNormal passes with the store."""
     script = tmp_path / "script.py"
