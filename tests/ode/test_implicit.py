@@ -357,7 +357,7 @@ def gradients(flow, x, *context):
 @pytest.mark.parametrize("corrector", ("jacobi-newton", "newton", "fixed-point", "rotated"))
 @pytest.mark.parametrize("method", ("adams_moulton", "bdf"))
 def test_gradients_are_those_of_a_tight_explicit_solve(method, corrector, adjoint):
-    flow = ConditionalHollowCNF(ConditionalHollowNN(3, 2, [8]), cache_size=0)
+    flow = ConditionalHollowCNF(ConditionalHollowNN(3, 2, [8]), time=0.5, cache_size=0)
     for parameter in flow.parameters():
         parameter.data.mul_(3.0 if corrector == "rotated" else 1.5)
     x, context = torch.randn(4, 3, requires_grad=True), torch.randn(4, 2, requires_grad=True)

@@ -81,9 +81,16 @@ def test_accuracy_is_tested_of_every_method():
     assert set(ACCURACY) == set(METHODS)
 
 
+# A state that is a tensor, not a tuple, is one way for all problems: for the others it is slow.
 @directions
-@problems
-@tensor_or_tuple
+@pytest.mark.parametrize(
+    "make_problem, as_tuple",
+    [
+        pytest.param(problem, tuple_, id=f"{name}-{'tuple' if tuple_ else 'tensor'}", marks=marks)
+        for name, problem in PROBLEMS.items()
+        for tuple_, marks in ((True, ()), (False, () if name == "non-autonomous" else pytest.mark.slow))
+    ],
+)
 @parametrize("case", ACCURACY)
 def test_reaches_the_exact_solution(case, as_tuple, make_problem, times):
     solver, bound = case
