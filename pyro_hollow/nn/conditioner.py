@@ -90,7 +90,7 @@ class BoundConditioner:
         """
         Adds the gradients of the tensors.
 
-        :param Tensor times: the times of the evaluations.
+        :param Tensor times: the times of the evaluations, with shape ``(evaluations, batch)``.
         :param operands: tensors of :meth:`vjp`, those of several evaluations side by side in the last dimension.
         :param sums: of the shapes of the tensors, with flattened offsets.
         """

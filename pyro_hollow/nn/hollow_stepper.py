@@ -146,7 +146,7 @@ class HollowStepper(DifferentiatedStepper):
         bars = y_bar.new_empty(len(c), *x_bar.shape)  # the gradients of the states of the stages
         start, flat, rest = x_bar.view(-1), bars.flatten(1).mT, bars.squeeze(2).unbind()
         divergence_bars = torch.outer(self._b * h, integral_bar).unbind()
-        times = y_bar.new_tensor([t + x * h for x in c])
+        times = y_bar.new_tensor([[t + x * h] for x in c]).expand(-1, y_bar.shape[1]).contiguous()
         operands: list[Operands] = []
         for i, kept in reversed(list(enumerate(self._stages(saved)))):
             later = flat.narrow(1, i + 1, len(c) - i - 1)

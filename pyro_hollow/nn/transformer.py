@@ -308,7 +308,7 @@ class BoundClosedForm(BoundTransformer):
         add_offset(offset_bar, time_bar, p_bar, times)
         input_bar.baddbmm_(p_bar[:, : self.width], x.mT)
         output_bar.baddbmm_(p_bar[:, self.width + 1 :], value.mT)  # of b, as that of f
-        slopes_bar.add_((slope @ divergence_bar).unsqueeze(1))
+        slopes_bar.view(-1).addmv_(slope.view(-1, slope.shape[-1]), divergence_bar)
 
     def gradients(self, sums: Sequence[Tensor]) -> Sequence[Tensor]:
         """See :meth:`BoundTransformer.gradients`."""
