@@ -165,9 +165,8 @@ class _Offset(nn.Module):
 
     def bind(self, context: Tensor | None, rate: float) -> tuple[Tensor, Tensor]:
         """``rate`` times the offset at time 0, of shape ``(units, 1 or *context_batch)``, and its slope."""
-        weight = self.weight * rate
-        bias, slope = weight[:, :1], weight[:, 1:2]
-        return (bias if context is None else project(context, weight[:, 2:], bias)), slope
+        bias, slope, weight = (self.weight * rate).split_with_sizes((1, 1, self.weight.shape[1] - 2), 1)
+        return (bias if context is None else project(context, weight, bias)), slope
 
 
 class _Layers(nn.Module):
@@ -185,7 +184,7 @@ class _Layers(nn.Module):
         """The layers, masked, with the affine part of the activation worked in; see Activation."""
         bound = []
         for k, whole in enumerate(self.weights):
-            weight, bias = whole[..., :-1], whole[..., -1:]
+            weight, bias = whole.split_with_sizes((whole.shape[-1] - 1, 1), -1)
             if masks:
                 weight = weight * masks[k]
             bias = torch.add(bias, weight.sum(-1, keepdim=True), alpha=s.shift) * s.rate if s.shift else bias * s.rate
@@ -220,10 +219,10 @@ class _BoundLayers:
         """The gradient of the first units' arguments, and for each layer its inputs and its arguments' gradient."""
         operands: list[Tensor] = []
         for k in range(len(self.pairs), 0, -1):
-            z_bar = self.activation.vjp(h_bar, *saved[2 * k : 2 * k + 2])
+            z_bar = self.activation.vjp(h_bar, saved[2 * k])
             operands += [saved[2 * k - 1], z_bar]
             h_bar = torch.bmm(self._transposed[k - 1], z_bar)
-        return self.activation.vjp(h_bar, *saved[:2]), tuple(operands)
+        return self.activation.vjp(h_bar, saved[0]), tuple(operands)
 
     def accumulate(self, operands: Saved, sums: Sequence[Tensor]) -> None:
         """See :meth:`BoundConditioner.accumulate`."""
@@ -450,22 +449,21 @@ class BoundLeaveOneOut(BoundConditioner):
     :ivar inner: offset of the features at time 0, with shape ``(d * features, 1 or *context_batch)``, and its slope.
     :ivar outer: the same of the pooled features.
     :ivar pool_weight: the matrices V_j, with shape ``(d, features, features)``.
+    :ivar shift: a part of the outer offset, by the shift of the activation.
     :ivar others: ones with a diagonal of zeros, for the sums over the other coordinates.
     """
 
     trust = 0.5
+    _offset: Tensor  # the outer one and the shift, once flattened
 
     def __init__(self, net: LeaveOneOutConditioner, context: Tensor | None) -> None:
         self.activation = s = net._activation
         self.weight = net.weight * s.rate
         self.inner = net.offset.bind(context, s.rate)
+        self.outer = net.pool_offset.bind(context, s.rate)
         self.pool_weight = net.pool_weight * (s.rate * s.scale)
         self.others = net.others
-        offset, slope = net.pool_offset.bind(context, s.rate)
-        if s.shift:
-            shift = _sum_of_others(net.pool_weight.sum(-1, keepdim=True), self.others) * (s.rate * s.shift)
-            offset = offset + shift.view(-1, *(1,) * (offset.dim() - 1))
-        self.outer = offset, slope
+        self.shift = _sum_of_others(net.pool_weight.sum(-1, keepdim=True), self.others) * (s.rate * s.shift)
         self.layers = net.layers.bind(s)
         self.tensors = self._tensors()
 
@@ -478,11 +476,12 @@ class BoundLeaveOneOut(BoundConditioner):
         bound = copy.copy(self)
         bound.inner = flatten_offset(self.inner[0], 1, batch_shape), self.inner[1]
         bound.outer = flatten_offset(self.outer[0], 1, batch_shape), self.outer[1]
+        bound._offset = bound.outer[0] + self.shift.view(-1, 1)
         bound.tensors = bound._tensors()
         return bound
 
     def _tensors(self) -> Saved:
-        return self.weight, *self.inner, *self.outer, self.pool_weight, *self.layers.tensors
+        return self.weight, *self.inner, *self.outer, self.pool_weight, self.shift, *self.layers.tensors
 
     def evaluate(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Saved]:
         """See :meth:`BoundConditioner.evaluate`."""
@@ -490,7 +489,7 @@ class BoundLeaveOneOut(BoundConditioner):
         z = torch.addcmul(offset_at(*self.inner, t).view(shape), self.weight, x.unsqueeze(1))
         features = self.activation.apply(z)
         pooled = _sum_of_others(torch.bmm(self.pool_weight, features), self.others)
-        h, saved = self.layers.evaluate(pooled + offset_at(*self.outer, t).view(shape))
+        h, saved = self.layers.evaluate(pooled + offset_at(self._offset, self.outer[1], t).view(shape))
         return h, (x, z, features, *saved)
 
     def vjp(self, saved: Saved, h_bar: Tensor, x_bar: Tensor) -> tuple[Tensor, Saved]:
@@ -498,18 +497,19 @@ class BoundLeaveOneOut(BoundConditioner):
         x, z, features, *rest = saved
         outer_bar, operands = self.layers.vjp(tuple(rest), h_bar)
         pooled_bar = _sum_of_others(outer_bar, self.others)  # which is symmetric
-        z_bar = self.activation.vjp(torch.bmm(self.pool_weight.mT, pooled_bar), z, features)
+        z_bar = self.activation.vjp(torch.bmm(self.pool_weight.mT, pooled_bar), z)
         x_bar = torch.baddbmm(x_bar.unsqueeze(1), self.weight.mT, z_bar).squeeze(1)
         return x_bar, (x, z_bar, features, pooled_bar, outer_bar, *operands)
 
     def accumulate(self, times: Tensor, operands: Saved, sums: Sequence[Tensor]) -> None:
         """See :meth:`BoundConditioner.accumulate`."""
         x, z_bar, features, pooled_bar, outer_bar, *later = operands
-        weight_bar, inner_bar, inner_slope, offset_bar, offset_slope, pool_bar, *others = sums
+        weight_bar, inner_bar, inner_slope, offset_bar, offset_slope, pool_bar, shift_bar, *others = sums
         weight_bar.baddbmm_(z_bar, x.unsqueeze(-1))
         add_offset(inner_bar, inner_slope, z_bar.flatten(0, 1), times)
         add_offset(offset_bar, offset_slope, outer_bar.flatten(0, 1), times)
         pool_bar.baddbmm_(pooled_bar, features.mT)
+        shift_bar.add_(outer_bar.sum(-1, keepdim=True))
         self.layers.accumulate(tuple(later), others)
 
 
