@@ -184,11 +184,12 @@ class _Layers(nn.Module):
         """The layers, masked, with the affine part of the activation worked in; see Activation."""
         bound = []
         for k, whole in enumerate(self.weights):
-            weight, bias = whole.split_with_sizes((whole.shape[-1] - 1, 1), -1)
+            weight, bias = (whole * s.rate).split_with_sizes((whole.shape[-1] - 1, 1), -1)
             if masks:
                 weight = weight * masks[k]
-            bias = torch.add(bias, weight.sum(-1, keepdim=True), alpha=s.shift) * s.rate if s.shift else bias * s.rate
-            bound.append((bias, weight * (s.rate * s.scale)))
+            if s.shift:
+                bias = torch.add(bias, weight.sum(-1, keepdim=True), alpha=s.shift)
+            bound.append((bias, weight if s.scale == 1 else weight * s.scale))
         return _BoundLayers(s, bound)
 
 
@@ -264,7 +265,7 @@ class GroupedConditioner(Conditioner):
         self.weight = nn.Parameter(_uniform((input_dim * widths[0], input_dim), input_dim))
         self.offset = _Offset(input_dim * widths[0], context_dim)
         self.layers = _Layers(input_dim, widths)
-        mask = 1 - torch.eye(input_dim, dtype=self.weight.dtype)
+        mask = self._activation.rate * (1 - torch.eye(input_dim, dtype=self.weight.dtype))
         self.register_buffer("mask", mask.repeat_interleave(widths[0], dim=0), persistent=False)
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
@@ -299,7 +300,7 @@ class BoundDense(BoundConditioner):
     ) -> None:
         self.activation = s = net._activation
         self.offset, slope = net.offset.bind(context, s.rate)
-        self.weight = torch.cat([weight * s.rate, slope], dim=1)
+        self.weight = torch.cat([weight, slope], dim=1)
         self.layers = layers
         self.groups = net.groups
         self.streams = net.streams
@@ -399,7 +400,8 @@ class MaskedConditioner(Conditioner):
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
         """See :meth:`Conditioner.bind`."""
         first, *masks = (self.get_buffer(f"mask_{k}") for k in range(1 + len(self.layers.weights)))
-        return BoundDense(self, self.weight * first.flatten(0, 1), self.layers.bind(self._activation, masks), context)
+        weight = self.weight * first.flatten(0, 1) * self._activation.rate
+        return BoundDense(self, weight, self.layers.bind(self._activation, masks), context)
 
 
 class LeaveOneOutConditioner(Conditioner):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -39,6 +39,9 @@ Operands = list[Saved]
 #: The largest batch for which the gradients of the weights are taken for all stages of a step at a time. Beyond it,
 #: joining the stages costs more than it saves.
 _JOINED = 48
+
+_zeros = partial(torch.zeros_like, memory_format=torch.contiguous_format)
+_side_by_side = partial(torch.cat, dim=-1)
 
 
 class HollowStepper(DifferentiatedStepper):
@@ -125,14 +128,9 @@ class HollowStepper(DifferentiatedStepper):
         x_bar, others = self._conditioner.vjp(saved[self._count :], h_bar, direct.squeeze(1))
         return x_bar, operands, others
 
-    def _stages(self, saved: Saved) -> list[Saved]:
-        """The tensors of each stage."""
-        size = len(saved) // len(self.tableau.b)
-        return [saved[i : i + size] for i in range(0, len(saved), size)]
-
     def new_sums(self) -> Sums:
         """See :meth:`DifferentiatedStepper.new_sums`."""
-        return _zeros(self._conditioner.tensors), _zeros(self._transformer.tensors)
+        return list(map(_zeros, self._conditioner.tensors)), list(map(_zeros, self._transformer.tensors))
 
     def step_vjp(self, t: float, h: float, saved: Saved, y_bar: Tensor, sums: Sums) -> Tensor:
         """See :meth:`DifferentiatedStepper.step_vjp`."""
@@ -143,9 +141,10 @@ class HollowStepper(DifferentiatedStepper):
         divergence_bars = torch.outer(self._rows[len(c)] * h, integral_bar).unbind()
         times = y_bar.new_tensor([[t + x * h] for x in c]).expand(-1, y_bar.shape[1]).contiguous()
         operands: list[Operands] = []
-        for i, kept in reversed(list(enumerate(self._stages(saved)))):
+        size = len(saved) // len(c)
+        for i in reversed(range(len(c))):
             f_bar = torch.addmv(start, flat, self._columns[i], beta=h * b[i], alpha=h).view_as(x_bar)
-            bar, *found = self._vjp(kept, f_bar, divergence_bars[i])
+            bar, *found = self._vjp(saved[i * size : (i + 1) * size], f_bar, divergence_bars[i])
             rest[i].copy_(bar)
             operands.insert(0, found)
             if y_bar.shape[1] > _JOINED:
@@ -157,9 +156,12 @@ class HollowStepper(DifferentiatedStepper):
     def _accumulate(self, times: Tensor, operands: list[Operands], sums: Sums) -> None:
         """Adds the gradients of the weights in several evaluations."""
         if operands and self.tensors:
-            terms, units = zip(*operands, strict=True)
-            self._transformer.accumulate(times, _side_by_side(terms), sums[1])
-            self._conditioner.accumulate(times, _side_by_side(units), sums[0])
+            terms, units = operands[0]
+            if len(operands) > 1:
+                both = zip(*operands, strict=True)
+                terms, units = [tuple(map(_side_by_side, zip(*each, strict=True))) for each in both]
+            self._transformer.accumulate(times, terms, sums[1])
+            self._conditioner.accumulate(times, units, sums[0])
 
     def gradients(self, sums: Sums) -> Saved:
         """See :meth:`DifferentiatedStepper.gradients`."""
@@ -177,22 +179,13 @@ class HollowStepper(DifferentiatedStepper):
         one = start.new_ones(start.shape[1])
         slopes = start.new_zeros(len(self.tableau.b) + 1, *start.shape)
         flat, rest = slopes.flatten(1).mT, slopes.unbind()
-        for i, kept in enumerate(self._stages(saved)):
+        size = len(saved) // len(self.tableau.b)
+        for i in range(len(self.tableau.b)):
             stage = torch.addmv(start.view(-1), flat, self._rows[i], alpha=-h).view_as(start)
-            rest[i].copy_(self._vjp(kept, stage.unsqueeze(1), one)[0])
+            rest[i].copy_(self._vjp(saved[i * size : (i + 1) * size], stage.unsqueeze(1), one)[0])
         end = torch.addmv(start.view(-1), flat, self._rows[-2], alpha=-h).view_as(start)
         return rows(end, self._batch_shape).contiguous()
 
     def recorded(self) -> AutogradStepper:
         """See :meth:`DifferentiatedStepper.recorded`."""
         return AutogradStepper(self.tableau, self._field.augmented, self._shapes)
-
-
-def _zeros(tensors: Saved) -> list[Tensor]:
-    return [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-
-
-def _side_by_side(operands: Sequence[Saved]) -> Saved:
-    if len(operands) == 1:
-        return operands[0]
-    return tuple([torch.cat(parts, dim=-1) for parts in zip(*operands, strict=True)])
