@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,18 +28,22 @@ class Activation:
     evaluation. For the hyperbolic tangent, :math:`\tanh z = 2 \sigma(2 z) - 1`, that is 9 times cheaper on a CPU
     (:func:`torch.sigmoid` is vectorised there, :func:`torch.tanh` hardly is), and works in place.
 
+    :param str name: its name in :data:`ACTIVATIONS`, by which copies and pickles find it again.
     :param apply: :math:`g`; may overwrite its argument.
     :param derivatives: maps z and an order k to :math:`[g(z), g'(z), \dots, g^{(k)}(z)]`; leaves z alone.
-    :param vjp: maps a gradient of :math:`g(z)`, the argument of apply as it was left, and :math:`g(z)` to the gradient
-        of z.
+    :param vjp: maps a gradient of :math:`g(z)` and the argument of apply as it was left to the gradient of z.
     """
 
+    name: str
     apply: Callable[[Tensor], Tensor]
     derivatives: Callable[[Tensor, int], list[Tensor]]
-    vjp: Callable[[Tensor, Tensor, Tensor], Tensor]
+    vjp: Callable[[Tensor, Tensor], Tensor]
     rate: float = 1.0
     scale: float = 1.0
     shift: float = 0.0
+
+    def __reduce__(self) -> tuple[Callable[[str], Activation], tuple[str]]:
+        return get_activation, (self.name,)  # operators of torch cannot be pickled
 
 
 @cache
@@ -119,23 +123,16 @@ def _silu(z: Tensor, order: int) -> list[Tensor]:
     return [z * u[0], *(torch.addcmul(k * u[k - 1], z, u[k]) for k in range(1, order + 1))]
 
 
-def _vjp_logistic(gradient: Tensor, z: Tensor, value: Tensor) -> Tensor:
-    return torch.ops.aten.sigmoid_backward(gradient, value)
-
-
-def _vjp_softplus(gradient: Tensor, z: Tensor, value: Tensor) -> Tensor:
-    return torch.ops.aten.softplus_backward(gradient, z, 1.0, 20.0)
-
-
-def _vjp_silu(gradient: Tensor, z: Tensor, value: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(gradient, z)
-
-
 #: The activations, by name. All are smooth: the divergence of a ReLU field would be piecewise constant.
 ACTIVATIONS = {
-    "tanh": Activation(torch.sigmoid_, _logistic, _vjp_logistic, rate=2.0, scale=2.0, shift=-1.0),
-    "softplus": Activation(F.softplus, _softplus, _vjp_softplus),
-    "silu": Activation(F.silu, _silu, _vjp_silu),
+    activation.name: activation
+    for activation in (
+        Activation("tanh", torch.sigmoid_, _logistic, torch.ops.aten.sigmoid_backward, rate=2.0, scale=2.0, shift=-1.0),
+        Activation(
+            "softplus", F.softplus, _softplus, partial(torch.ops.aten.softplus_backward, beta=1.0, threshold=20.0)
+        ),
+        Activation("silu", F.silu, _silu, torch.ops.aten.silu_backward),
+    )
 }
 
 

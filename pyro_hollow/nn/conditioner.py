@@ -21,6 +21,9 @@ from .layout import add_offset, columns, flatten_offset, flatten_time, offset_at
 
 Saved = tuple[Tensor, ...]
 
+#: The number of coordinates whose features are summed by one product.
+_BLOCK = 64
+
 __all__ = [
     "BoundConditioner",
     "Conditioner",
@@ -87,7 +90,7 @@ class BoundConditioner:
         """
         Adds the gradients of the tensors.
 
-        :param Tensor times: the times of the evaluations.
+        :param Tensor times: the times of the evaluations, with shape ``(evaluations, batch)``.
         :param operands: tensors of :meth:`vjp`, those of several evaluations side by side in the last dimension.
         :param sums: of the shapes of the tensors, with flattened offsets.
         """
@@ -162,9 +165,8 @@ class _Offset(nn.Module):
 
     def bind(self, context: Tensor | None, rate: float) -> tuple[Tensor, Tensor]:
         """``rate`` times the offset at time 0, of shape ``(units, 1 or *context_batch)``, and its slope."""
-        weight = self.weight * rate
-        bias, slope = weight[:, :1], weight[:, 1:2]
-        return (bias if context is None else project(context, weight[:, 2:], bias)), slope
+        bias, slope, weight = (self.weight * rate).split_with_sizes((1, 1, self.weight.shape[1] - 2), 1)
+        return (bias if context is None else project(context, weight, bias)), slope
 
 
 class _Layers(nn.Module):
@@ -182,11 +184,12 @@ class _Layers(nn.Module):
         """The layers, masked, with the affine part of the activation worked in; see Activation."""
         bound = []
         for k, whole in enumerate(self.weights):
-            weight, bias = whole[..., :-1], whole[..., -1:]
+            weight, bias = (whole * s.rate).split_with_sizes((whole.shape[-1] - 1, 1), -1)
             if masks:
                 weight = weight * masks[k]
-            bias = torch.add(bias, weight.sum(-1, keepdim=True), alpha=s.shift) * s.rate if s.shift else bias * s.rate
-            bound.append((bias, weight * (s.rate * s.scale)))
+            if s.shift:
+                bias = torch.add(bias, weight.sum(-1, keepdim=True), alpha=s.shift)
+            bound.append((bias, weight if s.scale == 1 else weight * s.scale))
         return _BoundLayers(s, bound)
 
 
@@ -201,6 +204,7 @@ class _BoundLayers:
         self.activation = activation
         self.pairs = pairs
         self.tensors = tuple(chain.from_iterable(pairs))
+        self._transposed = [weight.mT for _, weight in pairs]
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Saved]:
         """The units of the last layer for arguments of the first units with shape ``(groups, units, batch)``."""
@@ -216,10 +220,10 @@ class _BoundLayers:
         """The gradient of the first units' arguments, and for each layer its inputs and its arguments' gradient."""
         operands: list[Tensor] = []
         for k in range(len(self.pairs), 0, -1):
-            z_bar = self.activation.vjp(h_bar, *saved[2 * k : 2 * k + 2])
+            z_bar = self.activation.vjp(h_bar, saved[2 * k])
             operands += [saved[2 * k - 1], z_bar]
-            h_bar = torch.bmm(self.pairs[k - 1][1].mT, z_bar)
-        return self.activation.vjp(h_bar, *saved[:2]), tuple(operands)
+            h_bar = torch.bmm(self._transposed[k - 1], z_bar)
+        return self.activation.vjp(h_bar, saved[0]), tuple(operands)
 
     def accumulate(self, operands: Saved, sums: Sequence[Tensor]) -> None:
         """See :meth:`BoundConditioner.accumulate`."""
@@ -261,7 +265,7 @@ class GroupedConditioner(Conditioner):
         self.weight = nn.Parameter(_uniform((input_dim * widths[0], input_dim), input_dim))
         self.offset = _Offset(input_dim * widths[0], context_dim)
         self.layers = _Layers(input_dim, widths)
-        mask = 1 - torch.eye(input_dim, dtype=self.weight.dtype)
+        mask = self._activation.rate * (1 - torch.eye(input_dim, dtype=self.weight.dtype))
         self.register_buffer("mask", mask.repeat_interleave(widths[0], dim=0), persistent=False)
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
@@ -282,7 +286,9 @@ class BoundDense(BoundConditioner):
     """
 
     trust = 1.0
-    _matrix: Tensor  # the parts of the weight, once flattened
+    # The parts of the weight, once flattened.
+    _matrix: Tensor
+    _transposed: Tensor
     _slope: Tensor
 
     def __init__(
@@ -294,7 +300,7 @@ class BoundDense(BoundConditioner):
     ) -> None:
         self.activation = s = net._activation
         self.offset, slope = net.offset.bind(context, s.rate)
-        self.weight = torch.cat([weight * s.rate, slope], dim=1)
+        self.weight = torch.cat([weight, slope], dim=1)
         self.layers = layers
         self.groups = net.groups
         self.streams = net.streams
@@ -314,6 +320,7 @@ class BoundDense(BoundConditioner):
         bound.offset = flatten_offset(self.offset, 1, batch_shape)
         bound.tensors = (self.weight, bound.offset, *self.layers.tensors)
         bound._matrix, bound._slope = self.weight.split([self.weight.shape[1] - 1, 1], dim=1)
+        bound._transposed = bound._matrix.mT
         return bound
 
     def evaluate(self, t: float, x: Tensor) -> tuple[Tensor, Saved]:
@@ -326,7 +333,7 @@ class BoundDense(BoundConditioner):
         """See :meth:`BoundConditioner.vjp`."""
         z_bar, operands = self.layers.vjp(saved[1:], h_bar if self.streams == 1 else self._by_group(h_bar))
         z_bar = z_bar.flatten(0, 1)
-        return torch.addmm(x_bar, self._matrix.mT, z_bar), (saved[0], z_bar, *operands)
+        return torch.addmm(x_bar, self._transposed, z_bar), (saved[0], z_bar, *operands)
 
     def accumulate(self, times: Tensor, operands: Saved, sums: Sequence[Tensor]) -> None:
         """See :meth:`BoundConditioner.accumulate`."""
@@ -393,7 +400,8 @@ class MaskedConditioner(Conditioner):
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
         """See :meth:`Conditioner.bind`."""
         first, *masks = (self.get_buffer(f"mask_{k}") for k in range(1 + len(self.layers.weights)))
-        return BoundDense(self, self.weight * first.flatten(0, 1), self.layers.bind(self._activation, masks), context)
+        weight = self.weight * first.flatten(0, 1) * self._activation.rate
+        return BoundDense(self, weight, self.layers.bind(self._activation, masks), context)
 
 
 class LeaveOneOutConditioner(Conditioner):
@@ -402,8 +410,8 @@ class LeaveOneOutConditioner(Conditioner):
 
         :math:`h_i = \psi_i\Bigl(\sum_{j \ne i} V_j \, s(u_j x_j + c_j)\Bigr)`,
 
-    with the sum taken as a prefix sum plus a suffix sum, so that the diagonal of its Jacobian is zero to the bit
-    (a total minus a part is not). Its cost is linear in d.
+    with the sum taken as a product with a matrix of ones whose diagonal is zero, so that the diagonal of its Jacobian
+    is zero to the bit (a total minus a part is not); in blocks, so that its cost is linear in d.
 
     :param int input_dim: the number d of coordinates.
     :param hidden_dims: the number of features of a coordinate, then widths of the layers :math:`\psi_i` behind the sum;
@@ -411,6 +419,8 @@ class LeaveOneOutConditioner(Conditioner):
     :param int context_dim: the size of the context; 0 for none.
     :param str activation: "tanh", "softplus" or "silu".
     """
+
+    others: Tensor
 
     @closest_keywords()
     def __init__(
@@ -425,6 +435,8 @@ class LeaveOneOutConditioner(Conditioner):
         self.pool_weight = nn.Parameter(_uniform((input_dim, width, width), width * (input_dim - 1)))
         self.pool_offset = _Offset(input_dim * width, context_dim)
         self.layers = _Layers(input_dim, widths)
+        others = 1 - torch.eye(min(input_dim, _BLOCK), dtype=self.weight.dtype)
+        self.register_buffer("others", others, persistent=False)
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
         """See :meth:`Conditioner.bind`."""
@@ -440,9 +452,11 @@ class BoundLeaveOneOut(BoundConditioner):
     :ivar outer: the same of the pooled features.
     :ivar pool_weight: the matrices V_j, with shape ``(d, features, features)``.
     :ivar shift: a part of the outer offset, by the shift of the activation.
+    :ivar others: ones with a diagonal of zeros, for the sums over the other coordinates.
     """
 
     trust = 0.5
+    _offset: Tensor  # the outer one and the shift, once flattened
 
     def __init__(self, net: LeaveOneOutConditioner, context: Tensor | None) -> None:
         self.activation = s = net._activation
@@ -450,7 +464,8 @@ class BoundLeaveOneOut(BoundConditioner):
         self.inner = net.offset.bind(context, s.rate)
         self.outer = net.pool_offset.bind(context, s.rate)
         self.pool_weight = net.pool_weight * (s.rate * s.scale)
-        self.shift = _sum_of_others(net.pool_weight.sum(-1, keepdim=True)) * (s.rate * s.shift)
+        self.others = net.others
+        self.shift = _sum_of_others(net.pool_weight.sum(-1, keepdim=True), self.others) * (s.rate * s.shift)
         self.layers = net.layers.bind(s)
         self.tensors = self._tensors()
 
@@ -463,6 +478,7 @@ class BoundLeaveOneOut(BoundConditioner):
         bound = copy.copy(self)
         bound.inner = flatten_offset(self.inner[0], 1, batch_shape), self.inner[1]
         bound.outer = flatten_offset(self.outer[0], 1, batch_shape), self.outer[1]
+        bound._offset = bound.outer[0] + self.shift.view(-1, 1)
         bound.tensors = bound._tensors()
         return bound
 
@@ -474,16 +490,16 @@ class BoundLeaveOneOut(BoundConditioner):
         shape = (*self.weight.shape[:2], -1)
         z = torch.addcmul(offset_at(*self.inner, t).view(shape), self.weight, x.unsqueeze(1))
         features = self.activation.apply(z)
-        pooled = _sum_of_others(torch.bmm(self.pool_weight, features))
-        h, saved = self.layers.evaluate(pooled + (offset_at(*self.outer, t).view(shape) + self.shift))
+        pooled = _sum_of_others(torch.bmm(self.pool_weight, features), self.others)
+        h, saved = self.layers.evaluate(pooled + offset_at(self._offset, self.outer[1], t).view(shape))
         return h, (x, z, features, *saved)
 
     def vjp(self, saved: Saved, h_bar: Tensor, x_bar: Tensor) -> tuple[Tensor, Saved]:
         """See :meth:`BoundConditioner.vjp`."""
         x, z, features, *rest = saved
         outer_bar, operands = self.layers.vjp(tuple(rest), h_bar)
-        pooled_bar = _sum_of_others(outer_bar)  # its matrix is symmetric
-        z_bar = self.activation.vjp(torch.bmm(self.pool_weight.mT, pooled_bar), z, features)
+        pooled_bar = _sum_of_others(outer_bar, self.others)  # which is symmetric
+        z_bar = self.activation.vjp(torch.bmm(self.pool_weight.mT, pooled_bar), z)
         x_bar = torch.baddbmm(x_bar.unsqueeze(1), self.weight.mT, z_bar).squeeze(1)
         return x_bar, (x, z_bar, features, pooled_bar, outer_bar, *operands)
 
@@ -499,12 +515,21 @@ class BoundLeaveOneOut(BoundConditioner):
         self.layers.accumulate(tuple(later), others)
 
 
-def _sum_of_others(values: Tensor) -> Tensor:
-    """For each i the sum over j != i of ``values[j]``, without ever adding ``values[i]``."""
-    before = torch.cumsum(values[:-1], dim=0)
-    after = torch.cumsum(values[1:].flip(0), dim=0).flip(0)
-    nothing = torch.zeros_like(values[:1])
-    return torch.cat([nothing, before]) + torch.cat([after, nothing])
+def _sum_of_others(values: Tensor, others: Tensor) -> Tensor:
+    """
+    For each i the sum over j != i of ``values[j]``, to which ``values[i]`` contributes a zero.
+
+    :param Tensor values: with shape ``(n, *)``.
+    :param Tensor others: ones with a diagonal of zeros, a square of the size n or that of a block.
+    """
+    n, size = len(values), len(others)
+    if n <= size:
+        return torch.mm(others[:n, :n], values.flatten(1)).view_as(values)
+    # The sum within blocks, and that over the other blocks.
+    padded = torch.cat([values, values.new_zeros(-n % size, *values.shape[1:])])
+    blocks = padded.view(-1, size, values[0].numel())
+    far = _sum_of_others(blocks.sum(1), others)
+    return torch.add(torch.matmul(others, blocks), far.unsqueeze(1)).view_as(padded)[:n]
 
 
 #: The conditioners of this package, by name.

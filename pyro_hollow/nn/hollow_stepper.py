@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -39,6 +39,9 @@ Operands = list[Saved]
 #: The largest batch for which the gradients of the weights are taken for all stages of a step at a time. Beyond it,
 #: joining the stages costs more than it saves.
 _JOINED = 48
+
+_zeros = partial(torch.zeros_like, memory_format=torch.contiguous_format)
+_side_by_side = partial(torch.cat, dim=-1)
 
 
 class HollowStepper(DifferentiatedStepper):
@@ -78,7 +81,7 @@ class HollowStepper(DifferentiatedStepper):
         with torch.no_grad():
             self._conditioner = conditioner.flattened(self._batch_shape)
             self._transformer = transformer.flattened(self._batch_shape)
-        self._a, self._a_columns, self._b, self._error = weights(tableau, state[0].dtype, state[0].device)
+        self._rows, self._columns = weights(tableau, state[0].dtype, state[0].device)
 
     def pack(self, state: Saved) -> Tensor:
         """``(d + 1, batch)``."""
@@ -91,38 +94,33 @@ class HollowStepper(DifferentiatedStepper):
 
     def step(self, t: float, h: float, y: Tensor, first: Slope | None, tolerances: Tolerances | None) -> Step:
         """See :meth:`Stepper.step`."""
-        c = self.tableau.c
-        # All stages in one tensor each, so that a stage takes one product and no view of its own.
-        states, slopes = y.new_empty(len(c), *y.shape), y.new_empty(len(c) + (tolerances is not None), *y.shape)
+        times = [t + c * h for c in (*self.tableau.c, 1.0)]
+        stages = len(times) - 1
+        # All stages and the end in one tensor each, so that a stage takes one product and no view of its own.
+        states, slopes = y.new_empty(stages + 1, *y.shape), y.new_zeros(stages + 1, *y.shape)
         states[0] = y
         start, flat, rest = y.view(-1), slopes.flatten(1).mT, states.flatten(1).unbind()
-        stages = list(zip(_parts(states)[0], *_parts(slopes), strict=False))
-        if first is None:
-            saved = [self._evaluate(t, *stages[0])]
-        else:
+        x, f, divergence = states[:, :-1], slopes[:, :-1].unsqueeze(2), slopes[:, -1:]
+        parts = list(zip(x.unbind(), x.unsqueeze(2).unbind(), f.unbind(), divergence.unbind(), strict=True))
+        saved: list[Saved] = []
+        if first is not None:
             slopes[0] = first[0]
-            saved = [first[1]]
-        for i in range(1, len(c)):
-            torch.addmv(start, flat.narrow(1, 0, i), self._a[i], alpha=h, out=rest[i])
-            saved.append(self._evaluate(t + c[i] * h, *stages[i]))
-        end = torch.addmv(start, flat.narrow(1, 0, len(c)), self._b, alpha=h).view_as(y)
-        kept = tuple(chain.from_iterable(saved))
+            saved.append(first[1])
+        for i, time in enumerate(times):
+            if i:
+                torch.addmv(start, flat, self._rows[i], alpha=h, out=rest[i])
+            if i == len(saved) and (i < stages or tolerances is not None):
+                x, column, f, divergence = parts[i]
+                hidden, units = self._conditioner.evaluate(time, x)
+                terms = self._transformer.evaluate(time, column, hidden, f, divergence)
+                self._count = len(terms)
+                saved.append((*terms, *units))
+        end, kept, before = states[stages], tuple(chain.from_iterable(saved[:stages])), (slopes[0], saved[0])
         if tolerances is None:
-            return Step(end, kept, (slopes[0], saved[0]), None, 0.0)
-        last = slopes[-1]
-        (at_end,) = zip(_parts(end.unsqueeze(0))[0], *_parts(last.unsqueeze(0)), strict=True)
-        after = last, self._evaluate(t + h, *at_end)
-        error = torch.mv(flat, self._error).mul_(h).view_as(y)
-        return Step(
-            end, kept, (slopes[0], saved[0]), after, error_ratio(error, y, end, (y.shape[0] - 1, 1), 0, tolerances)
-        )
-
-    def _evaluate(self, t: float, x: Tensor, f: Tensor, divergence: Tensor) -> Saved:
-        """Fills f and divergence; returns tensors for their derivatives."""
-        h, saved = self._conditioner.evaluate(t, x.squeeze(1))
-        terms = self._transformer.evaluate(t, x, h, f, divergence)
-        self._count = len(terms)
-        return *terms, *saved
+            return Step(end, kept, before, None, 0.0)
+        error = torch.addmv(start, flat, self._rows[-1], beta=0, alpha=h).view_as(y)
+        ratio = error_ratio(error, y, end, (y.shape[0] - 1, 1), 0, tolerances)
+        return Step(end, kept, before, (slopes[stages], saved[stages]), ratio)
 
     def _vjp(self, saved: Saved, f_bar: Tensor, divergence_bar: Tensor) -> tuple[Tensor, Saved, Saved]:
         """The gradient of x, and tensors for the gradients of the weights: the transformer's and the conditioner's."""
@@ -130,28 +128,23 @@ class HollowStepper(DifferentiatedStepper):
         x_bar, others = self._conditioner.vjp(saved[self._count :], h_bar, direct.squeeze(1))
         return x_bar, operands, others
 
-    def _stages(self, saved: Saved) -> list[Saved]:
-        """The tensors of each stage."""
-        size = len(saved) // len(self.tableau.b)
-        return [saved[i : i + size] for i in range(0, len(saved), size)]
-
     def new_sums(self) -> Sums:
         """See :meth:`DifferentiatedStepper.new_sums`."""
-        return _zeros(self._conditioner.tensors), _zeros(self._transformer.tensors)
+        return list(map(_zeros, self._conditioner.tensors)), list(map(_zeros, self._transformer.tensors))
 
     def step_vjp(self, t: float, h: float, saved: Saved, y_bar: Tensor, sums: Sums) -> Tensor:
         """See :meth:`DifferentiatedStepper.step_vjp`."""
         b, c = self.tableau.b, self.tableau.c
         x_bar, integral_bar = y_bar[:-1].unsqueeze(1), y_bar[-1]
-        bars = y_bar.new_empty(len(c), *x_bar.shape)  # the gradients of the states of the stages
+        bars = y_bar.new_zeros(len(c), *x_bar.shape)  # the gradients of the states of the stages
         start, flat, rest = x_bar.view(-1), bars.flatten(1).mT, bars.squeeze(2).unbind()
-        divergence_bars = torch.outer(self._b * h, integral_bar).unbind()
-        times = y_bar.new_tensor([t + x * h for x in c])
+        divergence_bars = torch.outer(self._rows[len(c)] * h, integral_bar).unbind()
+        times = y_bar.new_tensor([[t + x * h] for x in c]).expand(-1, y_bar.shape[1]).contiguous()
         operands: list[Operands] = []
-        for i, kept in reversed(list(enumerate(self._stages(saved)))):
-            later = flat.narrow(1, i + 1, len(c) - i - 1)
-            f_bar = torch.addmv(start, later, self._a_columns[i], beta=h * b[i], alpha=h).view_as(x_bar)
-            bar, *found = self._vjp(kept, f_bar, divergence_bars[i])
+        size = len(saved) // len(c)
+        for i in reversed(range(len(c))):
+            f_bar = torch.addmv(start, flat, self._columns[i], beta=h * b[i], alpha=h).view_as(x_bar)
+            bar, *found = self._vjp(saved[i * size : (i + 1) * size], f_bar, divergence_bars[i])
             rest[i].copy_(bar)
             operands.insert(0, found)
             if y_bar.shape[1] > _JOINED:
@@ -163,9 +156,12 @@ class HollowStepper(DifferentiatedStepper):
     def _accumulate(self, times: Tensor, operands: list[Operands], sums: Sums) -> None:
         """Adds the gradients of the weights in several evaluations."""
         if operands and self.tensors:
-            terms, units = zip(*operands, strict=True)
-            self._transformer.accumulate(times, _side_by_side(terms), sums[1])
-            self._conditioner.accumulate(times, _side_by_side(units), sums[0])
+            terms, units = operands[0]
+            if len(operands) > 1:
+                both = zip(*operands, strict=True)
+                terms, units = [tuple(map(_side_by_side, zip(*each, strict=True))) for each in both]
+            self._transformer.accumulate(times, terms, sums[1])
+            self._conditioner.accumulate(times, units, sums[0])
 
     def gradients(self, sums: Sums) -> Saved:
         """See :meth:`DifferentiatedStepper.gradients`."""
@@ -181,30 +177,15 @@ class HollowStepper(DifferentiatedStepper):
         """See :meth:`Stepper.step_score`."""
         start = score.reshape(-1, score.shape[-1]).mT.contiguous()
         one = start.new_ones(start.shape[1])
-        slopes = start.new_empty(len(self.tableau.b), *start.shape)
+        slopes = start.new_zeros(len(self.tableau.b) + 1, *start.shape)
         flat, rest = slopes.flatten(1).mT, slopes.unbind()
-        for i, kept in enumerate(self._stages(saved)):
-            stage = torch.addmv(start.view(-1), flat.narrow(1, 0, i), self._a[i], alpha=-h).view_as(start)
-            rest[i].copy_(self._vjp(kept, stage.unsqueeze(1), one)[0])
-        end = torch.addmv(start.view(-1), flat, self._b, alpha=-h).view_as(start)
+        size = len(saved) // len(self.tableau.b)
+        for i in range(len(self.tableau.b)):
+            stage = torch.addmv(start.view(-1), flat, self._rows[i], alpha=-h).view_as(start)
+            rest[i].copy_(self._vjp(saved[i * size : (i + 1) * size], stage.unsqueeze(1), one)[0])
+        end = torch.addmv(start.view(-1), flat, self._rows[-2], alpha=-h).view_as(start)
         return rows(end, self._batch_shape).contiguous()
 
     def recorded(self) -> AutogradStepper:
         """See :meth:`DifferentiatedStepper.recorded`."""
         return AutogradStepper(self.tableau, self._field.augmented, self._shapes)
-
-
-def _parts(states: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The x, with shape ``(d, 1, batch)``, and the integral, with shape ``(1, batch)``, of each of several states."""
-    x, integral = states.split_with_sizes((states.shape[1] - 1, 1), 1)
-    return x.unsqueeze(2).unbind(), integral.unbind()
-
-
-def _zeros(tensors: Saved) -> list[Tensor]:
-    return [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-
-
-def _side_by_side(operands: Sequence[Saved]) -> Saved:
-    if len(operands) == 1:
-        return operands[0]
-    return tuple([torch.cat(parts, dim=-1) for parts in zip(*operands, strict=True)])

@@ -63,12 +63,13 @@ def add_offset(offset_bar: Tensor, slope_bar: Tensor, z_bar: Tensor, times: Tens
     :param Tensor offset_bar: with shape ``(*units, 1)``, or one column for each sample.
     :param Tensor slope_bar: with shape ``(*units, 1)``.
     :param Tensor z_bar: with shape ``(*units, evaluations * samples)``.
-    :param Tensor times: the times with shape ``(evaluations,)``.
+    :param Tensor times: the times with shape ``(evaluations, samples)``.
     """
-    each = z_bar.view(*z_bar.shape[:-1], times.shape[0], -1)
-    totals = each.sum(-1)
-    offset_bar += totals.sum(-1, keepdim=True) if offset_bar.shape[-1] == 1 else each.sum(-2)
-    slope_bar += (totals @ times).unsqueeze(-1)
+    if offset_bar.shape[-1] == 1:
+        offset_bar += z_bar.sum(-1, keepdim=True)
+    else:
+        offset_bar += z_bar.view(*z_bar.shape[:-1], *times.shape).sum(-2)
+    slope_bar.view(-1).addmv_(z_bar.reshape(-1, z_bar.shape[-1]), times.reshape(-1))
 
 
 def unflatten_offset(gradient: Tensor, offset: Tensor, batch_shape: torch.Size) -> Tensor:

@@ -213,6 +213,11 @@ class BoundClosedForm(BoundTransformer):
     The activation's affine part is worked into the weights; see Activation.
     """
 
+    # Made once flattened. Rates are tensors because torch converts numbers to their type at every operation.
+    _transposed: tuple[Tensor, ...]
+    _least_rate: Tensor
+    _steepest: Tensor
+
     def __init__(self, net: ClosedFormTransformer, context: Tensor | None) -> None:
         s = net._activation
         # A tanh(r / A) = 2 A sigmoid(2 r / A) - A, which is many times cheaper; see Activation.
@@ -260,6 +265,9 @@ class BoundClosedForm(BoundTransformer):
         bound = copy.copy(self)
         p, b = flatten_offset(self.offset, 2, batch_shape).split([self.width + 1, 1], dim=1)
         bound.offset = torch.cat([p, b + self.shift], dim=1)
+        bound._transposed = self.weight.mT, self.input_weight.mT, self.output_weight.mT, self.slopes.mT
+        if self.max_rate is not None:
+            bound._least_rate, bound._steepest = p.new_tensor([[-self.max_rate], [0.5 * self.max_rate]])
         bound.tensors = (
             self.weight, self.time_weight, bound.offset, self.input_weight, self.output_weight, self.slopes
         )  # fmt: skip
@@ -270,7 +278,7 @@ class BoundClosedForm(BoundTransformer):
         p = torch.baddbmm(torch.add(self.offset, self.time_weight, alpha=t), self.weight, h)
         p, a, b = p.split_with_sizes((self.width, 1, 1), 1)
         if self.max_rate is not None:
-            a = torch.sigmoid(a).mul_(2.0 * self.max_rate).sub_(self.max_rate)
+            a = torch.add(self._least_rate, torch.sigmoid(a), alpha=2.0 * self.max_rate)
         s = self.activation.derivatives(torch.addcmul(p, self.input_weight, x), 2)
         torch.baddbmm(torch.addcmul(b, a, x), self.output_weight, s[0], out=f)
         torch.sum(torch.baddbmm(a, self.slopes, s[1]), dim=0, out=divergence)
@@ -279,17 +287,18 @@ class BoundClosedForm(BoundTransformer):
     def vjp(self, saved: Saved, f_bar: Tensor, divergence_bar: Tensor) -> tuple[Tensor, Tensor, Saved]:
         """See :meth:`BoundTransformer.vjp`."""
         x, h, a, value, slope, curvature = saved
+        weight, input_weight, output_weight, slopes = self._transposed
         p_bar = x.new_empty(h.shape[0], self.width + 2, h.shape[2])
         z_bar, a_bar, b_bar = p_bar.split_with_sizes((self.width, 1, 1), 1)
-        torch.mul(self.slopes.mT * divergence_bar, curvature, out=z_bar)
-        z_bar.addcmul_(self.output_weight.mT * f_bar, slope)
+        torch.mul(slopes * divergence_bar, curvature, out=z_bar)
+        z_bar.addcmul_(output_weight * f_bar, slope)
         torch.addcmul(divergence_bar, f_bar, x, out=a_bar)
         if self.max_rate is not None:
-            half = 0.5 * self.max_rate  # the slope of the gate is half - a^2 / (4 half)
-            a_bar *= (a * a).mul_(-0.25 / half).add_(half)
+            # The slope of the gate is (A^2 - a^2) / 2A.
+            a_bar.mul_(torch.addcmul(self._steepest, a, a, value=-0.5 / self.max_rate))
         b_bar.copy_(f_bar)
-        x_bar = torch.baddbmm(f_bar * a, self.input_weight.mT, z_bar)
-        return x_bar, torch.bmm(self.weight.mT, p_bar), (x, h, value, slope, p_bar, divergence_bar)
+        x_bar = torch.baddbmm(f_bar * a, input_weight, z_bar)
+        return x_bar, torch.bmm(weight, p_bar), (x, h, value, slope, p_bar, divergence_bar)
 
     def accumulate(self, times: Tensor, operands: Saved, sums: Sequence[Tensor]) -> None:
         """See :meth:`BoundTransformer.accumulate`."""
@@ -299,7 +308,7 @@ class BoundClosedForm(BoundTransformer):
         add_offset(offset_bar, time_bar, p_bar, times)
         input_bar.baddbmm_(p_bar[:, : self.width], x.mT)
         output_bar.baddbmm_(p_bar[:, self.width + 1 :], value.mT)  # of b, as that of f
-        slopes_bar.add_((slope @ divergence_bar).unsqueeze(1))
+        slopes_bar.view(-1).addmv_(slope.view(-1, slope.shape[-1]), divergence_bar)
 
     def gradients(self, sums: Sequence[Tensor]) -> Sequence[Tensor]:
         """See :meth:`BoundTransformer.gradients`."""

@@ -482,16 +482,15 @@ def _recorded(
 
 
 @lru_cache(maxsize=64)
-def weights(
-    tableau: Tableau, dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """The coefficients of a method as tensors: rows of a, columns of a below the diagonal, b and error."""
-
-    def tensor(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    columns = [[row[i] for row in tableau.a[i + 1 :]] for i in range(len(tableau.b))]
-    return list(map(tensor, tableau.a)), list(map(tensor, columns)), tensor(tableau.b), tensor(tableau.error)
+def weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> tuple[Parts, Parts]:
+    """
+    The coefficients of a method as tensors: the rows of a, then b and error, each with a weight for the slope of each
+    stage and for that at the end of the step; and the columns of a.
+    """
+    stages = len(tableau.b)
+    padded = [[*row, *[0.0] * (stages + 1 - len(row))] for row in (*tableau.a, tableau.b, tableau.error)]
+    matrix = torch.tensor(padded, dtype=dtype, device=device)
+    return matrix.unbind(), matrix[:stages, :stages].mT.contiguous().unbind()
 
 
 def is_functional() -> bool:

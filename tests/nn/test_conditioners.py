@@ -219,6 +219,17 @@ def test_against_a_plain_implementation(name, hidden_dims, activation, d):
     torch.testing.assert_close(conditioner(*inputs), expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("d", [1, 64, 65, 130], ids=["one", "one block", "an almost empty block", "three blocks"])
+def test_sums_over_the_other_coordinates_in_blocks(d):
+    conditioner = LeaveOneOutConditioner(d, [3], CONTEXT_DIM)
+    t, x, context = make_inputs(d, CONTEXT_DIM, ())
+    expected = (1 + plain_leave_one_out(conditioner, torch.tanh, t, x, context)) / 2
+    torch.testing.assert_close(conditioner(t, x, context), expected, rtol=0, atol=1e-13)
+    slopes = jacobian(lambda x: conditioner(t, x, context).sum(-1), x)
+    assert (slopes.diagonal() == 0).all()
+    assert (slopes[~torch.eye(d, dtype=torch.bool)] != 0).all()
+
+
 BATCHES = {
     "single": ((), None),
     "vector": ((3,), None),
