@@ -17,6 +17,7 @@ from pyro_hollow.ops.vector_field import VectorField
 from .activations import ACTIVATIONS
 from .arguments import closest_keywords
 from .conditioner import CONDITIONERS, BoundConditioner, Conditioner
+from .graph_conditioner import GraphConditioner
 from .hollow_stepper import HollowStepper
 from .native import NativeStepper
 from .transformer import BoundTransformer, ClosedFormTransformer, ModuleTransformer, Transformer
@@ -267,6 +268,11 @@ class HollowNN(ConditionalHollowNN):
 def _make_conditioner(
     name: str, input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None, activation: str
 ) -> Conditioner:
+    if name == "graph":
+        raise ValueError(
+            f"conditioner 'graph' needs a graph: give GraphConditioner({input_dim}, [32, 32], adjacency=...); "
+            "AutoHollowCNF alone finds one"
+        )
     if not isinstance(name, str) or name not in CONDITIONERS:
         raise ValueError(f"conditioner must be one of {sorted(CONDITIONERS)} or a Conditioner, but got {name!r}")
     if hidden_dims is None:
@@ -284,7 +290,7 @@ def _check_conditioner(conditioner: Conditioner, input_dim: int, context_dim: in
         raise ValueError(
             f"conditioner was made for input_dim, context_dim = {sizes}, but the network has {(input_dim, context_dim)}"
         )
-    if type(conditioner) in CONDITIONERS.values():
+    if type(conditioner) in (*CONDITIONERS.values(), GraphConditioner):
         return
     generator = torch.Generator().manual_seed(0)  # leaves the global one alone
     like = next((p for p in conditioner.parameters() if p.is_floating_point()), torch.empty(()))
