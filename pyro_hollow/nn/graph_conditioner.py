@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .activations import get_activation
 from .arguments import check_widths, closest_keywords
-from .conditioner import BoundConditioner, Conditioner, Saved, _from_columns, _Layers, _Offset
+from .conditioner import BoundConditioner, Conditioner, Saved, _from_columns, _Layers, _Offset, _uniform
 from .layout import add_offset, columns, flatten_offset, flatten_time, offset_at
 
 __all__ = ["GraphConditioner"]
@@ -37,8 +37,10 @@ class GraphConditioner(Conditioner):
 
     Example usage:
 
-    >>> chain = torch.eye(50).diff(dim=0).T.mm(torch.eye(50).diff(dim=0)) != 0
+    >>> chain = torch.ones(50, 50).triu(-1).tril(1) > 0
     >>> net = HollowNN(50, conditioner=GraphConditioner(50, [32, 32], adjacency=chain))
+    >>> net.conditioner.weight.shape
+    torch.Size([50, 32, 4])
 
     :param int input_dim: the number d of coordinates.
     :param hidden_dims: widths of each coordinate's layers; the last one is d_h.
@@ -85,16 +87,11 @@ class GraphConditioner(Conditioner):
         degrees = torch.stack([side.bincount(minlength=input_dim) for side in edges]).amax(0)
         hubs = (degrees > max_degree).nonzero().flatten()
         self._register_neighbours(_neighbours(edges, set(hubs.tolist()), input_dim, radius), hubs)
-        shape = (input_dim, widths[0], self.index.shape[1])
-        # As dense layers begin, with as many inputs as there are neighbours.
-        fan_in = self.mask.sum(-1, keepdim=True).clamp(min=1)
-        self.weight = nn.Parameter(torch.empty(shape).uniform_(-1, 1) * fan_in.rsqrt())
+        # As small as the weights of a grouped conditioner: larger ones were worse.
+        self.weight = nn.Parameter(_uniform((input_dim, widths[0], self.index.shape[1]), input_dim))
         self.hub_weight: nn.Parameter | None = None
         if len(hubs):
-            fan_in = self.hub_mask.sum(-1, keepdim=True).clamp(min=1)
-            self.hub_weight = nn.Parameter(
-                torch.empty(len(hubs), widths[0], input_dim).uniform_(-1, 1) * fan_in.rsqrt()
-            )
+            self.hub_weight = nn.Parameter(_uniform((len(hubs), widths[0], input_dim), input_dim))
         self.offset = _Offset(input_dim * widths[0], context_dim)
         self.layers = _Layers(input_dim, widths)
 

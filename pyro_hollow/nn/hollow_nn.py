@@ -113,7 +113,8 @@ class ConditionalHollowNN(nn.Module):
     ``tutorials/measurements.md``.
 
     Which conditioner? "grouped" is the most expressive and costs :math:`O(d^2)` parameters and operations; "masked"
-    shares its layers among the coordinates; "leave-one-out" is linear in d.
+    shares its layers among the coordinates; "leave-one-out" is linear in d. In place of a name, a
+    :class:`~pyro_hollow.nn.GraphConditioner` is "grouped" among neighbours on a graph, at the price of its edges.
 
     :param int input_dim: the number d of coordinates; 1 works (the conditioner then sees time and context alone).
     :param int context_dim: the size of the context.
