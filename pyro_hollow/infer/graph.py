@@ -52,9 +52,9 @@ def latent_adjacency(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Te
     :return: a symmetric boolean matrix with shape ``(d, d)`` and a diagonal of False. Its rows are the elements of the
         unconstrained latents, site by site in the order of the model, as in :class:`AutoHollowCNF` unless the model
         masks some.
-    :raises ValueError: for a model without latents, and where the joint density is finite at none of the points.
+    :raises ValueError: for a model without latents, and where no second derivative is finite at any of the points.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         start = choose_start(model, _SPREAD, args, kwargs)
         started = poutine.block(InitMessenger(start)(model), prototype_hide_fn)
         with torch.no_grad():
@@ -73,7 +73,7 @@ def adjacency_of_trace(
     :param kwargs: keyword arguments of the model.
     :param trace: the model's trace at a start, such as a guide's prototype.
     :return: the adjacency.
-    :raises ValueError: for a trace without latents, and where the joint density is finite at none of the points.
+    :raises ValueError: as there.
     """
     sites = dict(trace.iter_stochastic_nodes())
     if not sites:
@@ -91,27 +91,32 @@ def adjacency_of_trace(
 
     start = torch.cat([latent.reshape(-1) for latent in latents.values()])
     known = edge = torch.zeros(len(start), len(start), dtype=torch.bool, device=start.device)
+    cause = None
     for _ in range(_POINTS):
-        hessian = _hessian(log_joint, start + torch.randn_like(start))
+        try:
+            hessian = _hessian(log_joint, start + torch.randn_like(start))
+        except (ArithmeticError, RuntimeError, ValueError) as error:  # whatever a model raises far from its posterior
+            cause = error
+            continue
         known, edge = known | hessian.isfinite(), edge | (hessian.isfinite() & (hessian != 0))
     if not bool(known.any()):
-        raise ValueError("the joint density of the model is not finite around its start, so that its graph is unknown")
+        raise ValueError(
+            "the joint density of the model has no finite second derivatives around its start, so that its graph is "
+            "unknown; give the adjacency to a GraphConditioner, or use another conditioner"
+        ) from cause
     edge = edge | ~known
     return (edge | edge.mT).fill_diagonal_(False)
 
 
 def _hessian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """The matrix of second derivatives; NaN where the function cannot be evaluated."""
+    """The matrix of second derivatives; NaN where the function or a first derivative is not finite."""
     point = point.detach().requires_grad_()
-    try:
-        with torch.enable_grad():
-            value = function(point)
-            gradient = torch.zeros_like(point)
-            if value.requires_grad:
-                (gradient,) = torch.autograd.grad(value, point, create_graph=True, materialize_grads=True)
-            rows = [_rows(gradient, point, basis) for basis in torch.eye(len(point)).to(point).split(_ROWS)]
-    except (ArithmeticError, RuntimeError, ValueError):  # whatever a model raises far from its posterior
-        return torch.full((len(point), len(point)), torch.nan).to(point)
+    with torch.enable_grad():
+        value = function(point)
+        gradient = torch.zeros_like(point)
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value, point, create_graph=True, materialize_grads=True)
+        rows = [_rows(gradient, point, basis) for basis in torch.eye(len(point)).to(point).split(_ROWS)]
     hessian = torch.cat(rows)
     hessian[~(value.isfinite() & gradient.isfinite())] = torch.nan
     return hessian

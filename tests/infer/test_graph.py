@@ -217,11 +217,49 @@ def test_a_density_that_is_not_finite():
 
     with pytest.raises(ValueError, match="log_factor: nan"):
         latent_adjacency(model)
-    with (
-        pyro.validation_enabled(False),
-        pytest.raises(ValueError, match="the joint density of the model is not finite"),
-    ):
+    message = "the joint density of the model has no finite second derivatives"
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=message):
         latent_adjacency(model)
+
+
+class Once(torch.autograd.Function):
+    """The square, whose second derivative raises an error."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * Once.slope(*ctx.saved_tensors)
+
+    class Slope(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no second derivative")
+
+    slope = Slope.apply
+
+
+def test_a_density_without_second_derivatives():
+    def model():
+        pyro.factor("density", -Once.apply(flat(3)).sum(-1))
+
+    with pytest.raises(ValueError, match="give the adjacency to a GraphConditioner") as caught:
+        latent_adjacency(model)
+    assert "no second derivative" in str(caught.value.__cause__)
+    with pytest.raises(ValueError, match="give the adjacency to a GraphConditioner"):
+        small(model).setup()
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        assert torch.equal(latent_adjacency(hierarchical), GRAPHS["hierarchical"][1])
 
 
 def test_no_latents():
