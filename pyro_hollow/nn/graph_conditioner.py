@@ -26,7 +26,8 @@ class GraphConditioner(Conditioner):
     r"""
     Networks :math:`c_i(t, x_{N(i)}, \text{context})` as those of :class:`GroupedConditioner`, of which each sees the
     neighbours :math:`N(i)` of its coordinate on a graph alone. Along the time of the differential equation, information
-    travels on to their neighbours. It costs :math:`O(\sum_i |N(i)|)` operations a sample.
+    travels on to their neighbours. A sample costs :math:`O(d k)` operations, and :math:`O(d)` for each hub, with the
+    largest number k of neighbours of a coordinate that is no hub.
 
     Coordinate j is in :math:`N(i)` if a path of at most ``radius`` edges leads from i to j. A coordinate with more than
     ``max_degree`` edges, such as a parameter that all data depend on, is a hub: it is seen by those that have an edge
@@ -102,16 +103,16 @@ class GraphConditioner(Conditioner):
         those of hubs.
         """
         d, rows = len(neighbours), hubs.tolist()
-        mask = torch.zeros(len(rows), 1, d)
-        for row, i in zip(mask, rows, strict=True):
+        hub_mask = torch.zeros(len(rows), 1, d)
+        for row, i in zip(hub_mask, rows, strict=True):
             row[0, neighbours[i]] = 1
-            neighbours[i] = []
-        k = max(1, *map(len, neighbours))
+        others = [[] if i in rows else own for i, own in enumerate(neighbours)]
+        k = max(1, *map(len, others))
         # In the place of a missing neighbour another one, or the next coordinate where there is none.
-        padded = [(own + (own[:1] or [(i + 1) % d]) * k)[:k] for i, own in enumerate(neighbours)]
-        counts = torch.tensor(list(map(len, neighbours)))
-        kept = (torch.arange(k) < counts.unsqueeze(1)).unsqueeze(1).to(mask.dtype)
-        for name, value in {"index": torch.tensor(padded), "mask": kept, "hubs": hubs, "hub_mask": mask}.items():
+        index = [(own + (own[:1] or [(i + 1) % d]) * k)[:k] for i, own in enumerate(others)]
+        counts = torch.tensor([[len(own)] for own in others])
+        mask = (torch.arange(k) < counts).unsqueeze(1).to(hub_mask.dtype)
+        for name, value in {"index": torch.tensor(index), "mask": mask, "hubs": hubs, "hub_mask": hub_mask}.items():
             self.register_buffer(name, value, persistent=False)
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
