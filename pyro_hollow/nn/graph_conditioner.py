@@ -21,6 +21,11 @@ from .layout import add_offset, columns, flatten_offset, flatten_time, offset_at
 
 __all__ = ["GraphConditioner"]
 
+# By default. On a bent chain of 50 latents 2 to 6 were as good as each other, and better than 16; on a stochastic
+# volatility model 6 was better than 2.
+_MAX_RADIUS = 6
+_MAX_SEEN = 32
+
 
 class GraphConditioner(Conditioner):
     r"""
@@ -41,14 +46,15 @@ class GraphConditioner(Conditioner):
     >>> chain = torch.ones(50, 50).triu(-1).tril(1) > 0
     >>> net = HollowNN(50, conditioner=GraphConditioner(50, [32, 32], adjacency=chain))
     >>> net.conditioner.weight.shape
-    torch.Size([50, 32, 4])
+    torch.Size([50, 32, 12])
 
     :param int input_dim: the number d of coordinates.
     :param hidden_dims: widths of each coordinate's layers; the last one is d_h.
     :param int context_dim: the size of the context; 0 for none.
     :param adjacency: a boolean matrix with shape ``(d, d)``, a dense or sparse tensor or nested sequences, whose row i
         is True for the coordinates that i has an edge to. Its diagonal does not matter; it need not be symmetric.
-    :param int radius: the largest number of edges between a coordinate and those that it sees.
+    :param int radius: the largest number of edges between a coordinate and those that it sees. Defaults to the largest
+        one up to 6 with which no coordinate but hubs sees more than 32 others.
     :param int max_degree: the largest number of edges, be it from or to it, of a coordinate that is no hub. Defaults to
         the square root of d, and to no less than 8.
     :param str activation: "tanh", "softplus" or "silu".
@@ -71,23 +77,26 @@ class GraphConditioner(Conditioner):
         context_dim: int = 0,
         *,
         adjacency: Tensor | Sequence[Sequence[bool]],
-        radius: int = 2,
+        radius: int | None = None,
         max_degree: int | None = None,
         activation: str = "tanh",
     ) -> None:
         widths = check_widths(hidden_dims, of="a graph conditioner")
         super().__init__(input_dim, widths[-1], context_dim)
         self._activation = get_activation(activation)
-        radius = _integer("radius", radius, 1)
-        if max_degree is None:
-            max_degree = max(8, math.isqrt(input_dim))
         edges = _edges(adjacency, input_dim)
-        # Saved, as parameters mean nothing without their graph.
-        self.register_buffer("edges", edges)
-        self.register_buffer("limits", torch.tensor([radius, _integer("max_degree", max_degree, 0)]))
+        adjacent: list[list[int]] = [[] for _ in range(input_dim)]
+        for i, j in edges.T.tolist():
+            adjacent[i].append(j)
+        max_degree = max(8, math.isqrt(input_dim)) if max_degree is None else _integer("max_degree", max_degree, 0)
         degrees = torch.stack([side.bincount(minlength=input_dim) for side in edges]).amax(0)
         hubs = (degrees > max_degree).nonzero().flatten()
-        self._register_neighbours(_neighbours(edges, set(hubs.tolist()), input_dim, radius), hubs)
+        passed = set(range(input_dim)).difference(hubs.tolist())
+        radius = _default_radius(adjacent, passed) if radius is None else _integer("radius", radius, 1)
+        # Saved, as parameters mean nothing without their graph.
+        self.register_buffer("edges", edges)
+        self.register_buffer("limits", torch.tensor([radius, max_degree]))
+        self._register_neighbours([_seen(i, adjacent, passed, radius) for i in range(input_dim)], hubs)
         # As small as the weights of a grouped conditioner: larger ones were worse.
         self.weight = nn.Parameter(_uniform((input_dim, widths[0], self.index.shape[1]), input_dim))
         self.hub_weight: nn.Parameter | None = None
@@ -238,16 +247,17 @@ def _edges(adjacency: Tensor | Sequence[Sequence[bool]], d: int) -> Tensor:
     return edges[:, edges[0] != edges[1]].contiguous()
 
 
-def _neighbours(edges: Tensor, hubs: set[int], d: int, radius: int) -> list[list[int]]:
-    """For each coordinate those that paths of at most ``radius`` edges lead to, none of them through a hub."""
-    adjacent: list[list[int]] = [[] for _ in range(d)]
-    for i, j in edges.T.tolist():
-        adjacent[i].append(j)
-    found = []
-    for i in range(d):
-        seen, ends = {i}, {i}
-        for _ in range(radius):
-            ends = {j for end in ends if end == i or end not in hubs for j in adjacent[end]} - seen
-            seen |= ends
-        found.append(sorted(seen - {i}))
-    return found
+def _seen(i: int, adjacent: list[list[int]], passed: set[int], radius: int) -> list[int]:
+    """The others to which paths of at most ``radius`` edges lead, by way of coordinates that are passed."""
+    seen, ends = {i}, {i}
+    for _ in range(radius):
+        ends = {j for end in ends if end == i or end in passed for j in adjacent[end]} - seen
+        seen |= ends
+    return sorted(seen - {i})
+
+
+def _default_radius(adjacent: list[list[int]], passed: set[int]) -> int:
+    for radius in range(2, _MAX_RADIUS + 1):
+        if any(len(_seen(i, adjacent, passed, radius)) > _MAX_SEEN for i in passed):
+            return radius - 1
+    return _MAX_RADIUS

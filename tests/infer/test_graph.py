@@ -310,12 +310,12 @@ def test_a_guide_finds_the_graph(model, expected):
 def test_settings_reach_the_conditioner():
     guide = small(bent_chain, num_transforms=2).setup()
     first, second = conditioners(guide)
-    assert first is not second and first.hidden_dim == 32 and first.weight.shape == (8, 32, 4)
-    assert first.limits.tolist() == [2, 8]
+    assert first is not second and first.hidden_dim == 32 and first.weight.shape == (8, 32, 7)
+    assert first.limits.tolist() == [6, 8]
     assert [flow.nn.transformer.activation for flow in guide.flows] == ["tanh"] * 2
     assert {repr(each.bind().activation.vjp.__name__) for each in (first, second)} == {"'_vjp_silu'"}
     (conditioner,) = conditioners(small(bent_chain, [7, 5], activation="tanh").setup())
-    assert conditioner.weight.shape == (8, 7, 4) and conditioner.hidden_dim == 5
+    assert conditioner.weight.shape == (8, 7, 7) and conditioner.hidden_dim == 5
     assert conditioner.bind().activation.rate == 2.0
 
 

@@ -81,7 +81,7 @@ def test_jacobian_is_that_of_the_graph(adjacency, radius, max_degree):
 
 @each_graph
 def test_a_coordinate_that_is_not_seen_does_not_change_a_bit(adjacency):
-    conditioner = GraphConditioner(D, [5, 4], adjacency=adjacency)
+    conditioner = GraphConditioner(D, [5, 4], adjacency=adjacency, radius=2)
     seen, x = reached(adjacency, 2, None), torch.randn(D)
     h = conditioner(torch.tensor(0.3), x)
     for j in range(D):
@@ -123,7 +123,7 @@ def dense_copy(net):
 @pytest.mark.parametrize("activation", ["tanh", "softplus", "silu"])
 @pytest.mark.parametrize("graph", ["chain with a hub", "chain with two hubs", "all see one", "one sees all"])
 def test_against_a_grouped_conditioner_with_masked_weights(graph, activation):
-    net = GraphConditioner(D, [6, 5, 4], CONTEXT_DIM, adjacency=GRAPHS[graph], activation=activation)
+    net = GraphConditioner(D, [6, 5, 4], CONTEXT_DIM, adjacency=GRAPHS[graph], radius=2, activation=activation)
     dense = dense_copy(net)
     t, x, context = torch.randn(7), torch.randn(7, D, requires_grad=True), torch.randn(7, CONTEXT_DIM)
     actual, expected = net(t, x, context), dense(t, x, context)
@@ -141,13 +141,39 @@ def test_hubs_by_default(d, hub):
     assert hubs == ([0] if hub else [])
 
 
+def lattice(side, both):
+    """A square lattice, of four or of all eight directions."""
+    x, y = torch.arange(side**2) // side, torch.arange(side**2) % side
+    across, along = (x - x.unsqueeze(1)).abs(), (y - y.unsqueeze(1)).abs()
+    return torch.maximum(across, along) <= 1 if both else across + along <= 1
+
+
+RADII = {
+    "short chain": (pairs(*CHAIN), 6),
+    "chain": (torch.ones(50, 50).triu(-1).tril(1).bool(), 6),
+    "lattice": (lattice(15, both=False), 3),
+    "lattice with diagonals": (lattice(15, both=True), 2),
+    "many neighbours": (torch.ones(80, 80).triu(-4).tril(4).bool(), 4),
+    "hubs alone": (torch.ones(60, 60, dtype=torch.bool), 6),
+}
+
+
+@pytest.mark.parametrize("adjacency, radius", RADII.values(), ids=RADII)
+def test_radius_by_default(adjacency, radius):
+    """The largest up to 6 with which none but hubs sees more than 32."""
+    net = GraphConditioner(len(adjacency), [2], adjacency=adjacency)
+    assert net.limits[0] == radius and net.index.shape[1] <= 32
+    if radius < 6:
+        assert GraphConditioner(len(adjacency), [2], adjacency=adjacency, radius=radius + 1).index.shape[1] > 32
+
+
 def test_weights_are_those_of_the_edges():
     d = 500
     chain = torch.ones(d, d).triu(-1).tril(1).bool()
-    net = GraphConditioner(d, [3], adjacency=chain)
+    net = GraphConditioner(d, [3], adjacency=chain, radius=2)
     assert net.weight.shape == (d, 3, 4) and net.hub_weight is None
     chain[:, 7] = chain[7] = True
-    net = GraphConditioner(d, [3], adjacency=chain)
+    net = GraphConditioner(d, [3], adjacency=chain, radius=2)
     assert net.weight.shape == (d, 3, 5) and net.hub_weight.shape == (1, 3, d)
 
 
@@ -244,7 +270,7 @@ def test_network(adjacency):
     dx, divergence = net.bind(context).with_divergence(t, x)
     jac = jacobian(lambda x: net(t, x, context), x)
     assert_close(divergence, jac.trace(), rtol=1e-12, atol=1e-13)
-    seen = reached(adjacency, 2, None)
+    seen = reached(adjacency, 6, None)
     assert torch.equal((jac != 0).fill_diagonal_(False), seen)
 
 
