@@ -35,8 +35,8 @@ def latent_adjacency(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Te
 
     at one of a few random points of the unconstrained space, for which it takes a backward pass for each latent.
     An entry that is finite at none of them counts as an edge. Factors without curvature are not seen, such as a Laplace
-    density, by which a latent depends on the location; nor are those that a discrete latent, sampled anew at each
-    point, happens to switch off. The graph then lacks their edges, to be added by hand.
+    density in its value and location; nor are those that a discrete latent, sampled anew at each point, happens to
+    switch off. The graph then lacks their edges: add them by hand.
 
     Usage::
 
