@@ -6,6 +6,7 @@
 from . import supports  # noqa: F401  # registers a bijection
 from .autoguide import AutoHollowCNF
 from .diagnostics import GuideDiagnostics, diagnose
+from .graph import latent_adjacency
 from .path_gradient import PathGradientDistribution
 
-__all__ = ["AutoHollowCNF", "GuideDiagnostics", "PathGradientDistribution", "diagnose"]
+__all__ = ["AutoHollowCNF", "GuideDiagnostics", "PathGradientDistribution", "diagnose", "latent_adjacency"]

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, biject_to
 
 from pyro_hollow.infer.gradient_guard import guard_gradients
+from pyro_hollow.infer.graph import adjacency_of_trace
 from pyro_hollow.infer.guide_posterior import Affine, PathPosterior, Posterior, Stretching, Tails
 from pyro_hollow.infer.masked import MaskedElements
 from pyro_hollow.infer.particles import check_independence
 from pyro_hollow.infer.plates import plates, subsampled
 from pyro_hollow.infer.start import check_data, choose_start, log_density
-from pyro_hollow.nn import Conditioner
+from pyro_hollow.nn import Conditioner, GraphConditioner
 from pyro_hollow.ode import Solver
-from pyro_hollow.transforms import hollow_cnf
+from pyro_hollow.transforms import HollowCNF, hollow_cnf
 
 __all__ = ["AutoHollowCNF"]
 
@@ -138,9 +139,11 @@ class AutoHollowCNF(AutoContinuous):
         (``python -m pyro_hollow.experiments.speed --table solves svi``). The first call compiles, which takes a second.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
-        "grouped" up to 256 latents, and to "leave-one-out" beyond; the activation to ("silu", "tanh"), that of the
-        conditioner (unless it is your own) and the transformer's. ``activation="tanh"`` fits several separate modes
-        better. With "silu" and ``max_rate=None`` the flow need not exist far from the posterior.
+        "grouped" up to 256 latents, and to "leave-one-out" beyond; with "graph" the first call finds the graph of the
+        model, as :func:`latent_adjacency` does, for a :class:`~pyro_hollow.nn.GraphConditioner`. The activation
+        defaults to ("silu", "tanh"), that of the conditioner (unless it is your own) and the transformer's.
+        ``activation="tanh"`` fits several separate modes better. With "silu" and ``max_rate=None`` the flow need not
+        exist far from the posterior.
     :raises ValueError: for arguments out of range, when a state of another model or with other settings is loaded, and
         on the first call for overdispersion with subsampled data, observed values that are not finite, improper priors
         without data, and a model that mixes vectorised particles.
@@ -202,6 +205,8 @@ class AutoHollowCNF(AutoContinuous):
             "activation": ("silu", "tanh"),
             **kwargs,
         }
+        #: The edges between latents, once they are known, for the conditioner "graph".
+        self._adjacency: Tensor | None = None
         self._check_flow_settings()
         #: What is saved besides parameters: the number of calls, the stretching, and whose parameters they are.
         self.register_buffer("progress", torch.zeros(2 + _SIGNATURE_SIZE))
@@ -211,8 +216,10 @@ class AutoHollowCNF(AutoContinuous):
         """Makes a small flow, so that settings that make none are refused at once."""
         conditioner = self._settings.get("conditioner")
         dim = conditioner.input_dim if isinstance(conditioner, Conditioner) else 2
+        if conditioner is None or conditioner == "graph":  # of which nothing is known yet
+            conditioner = "grouped"
         with torch.random.fork_rng(devices=[]):
-            hollow_cnf(dim, **{**self._settings, "conditioner": copy.deepcopy(conditioner or "grouped")})
+            hollow_cnf(dim, **{**self._settings, "conditioner": copy.deepcopy(conditioner)})
 
     def setup(self, *args: Any, **kwargs: Any) -> AutoHollowCNF:
         """
@@ -265,6 +272,7 @@ class AutoHollowCNF(AutoContinuous):
             self._check_prototype_frames()
             self._check_subsampling(*args, **kwargs)
             if not hasattr(self, "flows"):
+                self._find_graph(args, kwargs)
                 if self._stored():
                     self._make_from_store()
                 else:
@@ -279,6 +287,13 @@ class AutoHollowCNF(AutoContinuous):
             raise
         finally:
             self._model = (model,)
+
+    def _find_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._settings.get("conditioner") == "graph":
+            with torch.random.fork_rng(devices=[]):
+                adjacency = adjacency_of_trace(self.model, args, kwargs, self.prototype_trace)
+            index = self._masked.index
+            self._adjacency = adjacency[index][:, index]
 
     def _check_prototype_frames(self) -> None:
         for frame in subsampled(self._prototype_frames.values()):
@@ -339,6 +354,7 @@ class AutoHollowCNF(AutoContinuous):
         settings = {name: self._settings.get(name) for name in ("activation", "max_rate", "time")}
         named = {name: getattr(value, "__name__", repr(value)) for name, value in settings.items()}
         conditioners = [type(flow.nn.conditioner).__name__ for flow in flows]
+        conditioners += [str(edges.tolist()) for name, edges in flows.named_buffers() if name.endswith(".edges")]
         affine = self._full and self.latent_dim > 1
         content = (sites, self._masked.index.tolist(), shapes, named, conditioners, affine, self._stretching is None)
         digest = hashlib.sha256(repr(content).encode()).digest()
@@ -397,9 +413,7 @@ class AutoHollowCNF(AutoContinuous):
     def _make_flows(self, loc: Tensor) -> nn.ModuleList:
         d = len(loc)
         settings = {"conditioner": "grouped" if d <= _MAX_GROUPED else "leave-one-out", **self._settings}
-        # A copy each: a conditioner of the user's own must not be shared.
-        own = [copy.deepcopy(settings["conditioner"]) for _ in range(self._num_transforms)]
-        flows = [hollow_cnf(d, **{**settings, "conditioner": conditioner}).to(loc) for conditioner in own]
+        flows = [self._make_flow(d, settings).to(loc) for _ in range(self._num_transforms)]
         for flow in flows:
             flow.nn.transformer.reset_to_zero()
         if self.solver.compile and not self._penalty:
@@ -407,6 +421,19 @@ class AutoHollowCNF(AutoContinuous):
                 flows[0](loc.new_zeros(1, d))
             flows[0].clear_cache()
         return nn.ModuleList(flows)
+
+    def _make_flow(self, d: int, settings: dict[str, Any]) -> HollowCNF:
+        # A copy each: a conditioner of the user's own must not be shared.
+        settings = {**settings, "conditioner": copy.deepcopy(settings["conditioner"])}
+        if settings["conditioner"] == "graph" and self._adjacency is not None:
+            widths, activation = settings.pop("hidden_dims"), settings["activation"]
+            settings["conditioner"] = GraphConditioner(
+                d,
+                [32, 32] if widths is None else widths,
+                adjacency=self._adjacency,
+                activation=activation if isinstance(activation, str) else activation[0],
+            )
+        return hollow_cnf(d, **settings)
 
     @property
     def solver(self) -> Solver:
@@ -605,6 +632,10 @@ class AutoHollowCNF(AutoContinuous):
             if (affine.shape[1] == len(affine) + 1) != self._full and len(affine) > 1:
                 raise ValueError("the state is that of a guide with another setting of affine")
             self._check_tails(f"{prefix}tails" in state_dict)
+            edges = state_dict.get(f"{prefix}flows.0.nn.conditioner.edges")
+            if edges is not None:
+                self._adjacency = torch.zeros(len(affine), len(affine), dtype=torch.bool)
+                self._adjacency[edges.cpu().unbind()] = True
             self._make(affine[:, 0].detach().clone())
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -10,6 +10,7 @@ from .conditioner import (
     LeaveOneOutConditioner,
     MaskedConditioner,
 )
+from .graph_conditioner import GraphConditioner
 from .hollow_nn import ConditionalHollowNN, HollowField, HollowNN
 from .transformer import BoundTransformer, ClosedFormTransformer, ModuleTransformer, Transformer
 
@@ -19,6 +20,7 @@ __all__ = [
     "ClosedFormTransformer",
     "ConditionalHollowNN",
     "Conditioner",
+    "GraphConditioner",
     "GroupedConditioner",
     "HollowField",
     "HollowNN",

@@ -17,6 +17,7 @@ from pyro_hollow.ops.vector_field import VectorField
 from .activations import ACTIVATIONS
 from .arguments import closest_keywords
 from .conditioner import CONDITIONERS, BoundConditioner, Conditioner
+from .graph_conditioner import GraphConditioner
 from .hollow_stepper import HollowStepper
 from .native import NativeStepper
 from .transformer import BoundTransformer, ClosedFormTransformer, ModuleTransformer, Transformer
@@ -112,7 +113,8 @@ class ConditionalHollowNN(nn.Module):
     ``tutorials/measurements.md``.
 
     Which conditioner? "grouped" is the most expressive and costs :math:`O(d^2)` parameters and operations; "masked"
-    shares its layers among the coordinates; "leave-one-out" is linear in d.
+    shares its layers among the coordinates; "leave-one-out" is linear in d. In place of a name, a
+    :class:`~pyro_hollow.nn.GraphConditioner` is "grouped" among neighbours on a graph, at the price of its edges.
 
     :param int input_dim: the number d of coordinates; 1 works (the conditioner then sees time and context alone).
     :param int context_dim: the size of the context.
@@ -267,6 +269,11 @@ class HollowNN(ConditionalHollowNN):
 def _make_conditioner(
     name: str, input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None, activation: str
 ) -> Conditioner:
+    if name == "graph":
+        raise ValueError(
+            f"conditioner 'graph' needs a graph: give GraphConditioner({input_dim}, [32, 32], adjacency=...); "
+            "AutoHollowCNF alone finds one"
+        )
     if not isinstance(name, str) or name not in CONDITIONERS:
         raise ValueError(f"conditioner must be one of {sorted(CONDITIONERS)} or a Conditioner, but got {name!r}")
     if hidden_dims is None:
@@ -284,7 +291,7 @@ def _check_conditioner(conditioner: Conditioner, input_dim: int, context_dim: in
         raise ValueError(
             f"conditioner was made for input_dim, context_dim = {sizes}, but the network has {(input_dim, context_dim)}"
         )
-    if type(conditioner) in CONDITIONERS.values():
+    if type(conditioner) in (*CONDITIONERS.values(), GraphConditioner):
         return
     generator = torch.Generator().manual_seed(0)  # leaves the global one alone
     like = next((p for p in conditioner.parameters() if p.is_floating_point()), torch.empty(()))

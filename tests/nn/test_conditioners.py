@@ -12,6 +12,7 @@ from torch.autograd.functional import jacobian
 from pyro_hollow.nn import (
     ConditionalHollowNN,
     Conditioner,
+    GraphConditioner,
     GroupedConditioner,
     HollowNN,
     LeaveOneOutConditioner,
@@ -63,9 +64,10 @@ class FunctionConditioner(Conditioner):
         return self.function(t, x, context)
 
 
-#: With one of a user's own, whose binding is that of the base class.
+#: With one on a complete graph, and one of a user's own, whose binding is that of the base class.
 MAKERS = {
     **{name: lambda d, c, name=name: CONDITIONERS[name](d, DEEP[name], c) for name in CONDITIONERS},
+    "graph": lambda d, c: GraphConditioner(d, [6, 5, 4], c, adjacency=torch.ones(d, d, dtype=torch.bool)),
     "custom": LinearConditioner,
 }
 each_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)

@@ -21,7 +21,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
-from pyro_hollow.nn import BoundConditioner, ConditionalHollowNN, Conditioner
+from pyro_hollow.nn import BoundConditioner, ConditionalHollowNN, Conditioner, GraphConditioner
 from pyro_hollow.nn.activations import ACTIVATIONS
 from pyro_hollow.nn.hollow_stepper import HollowStepper
 from pyro_hollow.nn.layout import add_offset, columns, flatten_offset, flatten_time, project
@@ -98,6 +98,16 @@ class PlainConditioner(Conditioner):
         return torch.sin(self.scale * total + shift + t).unsqueeze(-1).expand(*x.shape, self.hidden_dim)
 
 
+def on_a_graph(hidden_dims, max_degree, **settings):
+    """A conditioner on a path, whose inner coordinates are hubs if they may have one edge only."""
+
+    def make(d, _, context_dim):
+        path = torch.ones(d, d).triu(-1).tril(1).bool()
+        return GraphConditioner(d, hidden_dims, context_dim, adjacency=path, max_degree=max_degree, **settings)
+
+    return network(BY_HAND, conditioner=make)
+
+
 def network(executors, hidden_dims=None, **settings):
     """The executors of a network, and how it is made; parts of a user's are made with it."""
 
@@ -135,6 +145,12 @@ NETWORKS = {
     "any rate": network(ALL, [6, 5], max_rate=None),
     "wide": network(ALL, [9, 3, 17], transformer_dim=19),
     "one unit": network(ALL, [8], transformer_dim=1),
+    **{
+        f"graph, {activation}, {layers}, {hubs}": on_a_graph(hidden_dims, max_degree, activation=activation)
+        for activation in ACTIVATIONS
+        for layers, hidden_dims in LAYERS.items()
+        for hubs, max_degree in {"no hubs": 2, "hubs": 1}.items()
+    },
     "conditioner of a user, by hand": network(BY_HAND, conditioner=SineConditioner),
     "conditioner of a user": network(("autograd",), conditioner=PlainConditioner),
     "transformer of a user": network(
@@ -160,11 +176,12 @@ def pairs(*networks, whole=()):
 
 
 GROUPED, MASKED, LEAVE_ONE_OUT = (f"{name}, tanh, 2 layers" for name in ("grouped", "masked", "leave-one-out"))
+GRAPH = "graph, tanh, 2 layers, hubs"
 OWN = "conditioner of a user, by hand"
 every_pair = pairs(*NETWORKS, whole=NETWORKS)
 each_derived = pairs(*(name for name, (executors, _) in NETWORKS.items() if "hollow" in executors))
-each_executor = pairs(GROUPED, MASKED, LEAVE_ONE_OUT, OWN, "conditioner of a user", whole=[GROUPED])
-each_of_grouped = pairs(GROUPED, "conditioner of a user", whole=[GROUPED])
+each_executor = pairs(GROUPED, MASKED, LEAVE_ONE_OUT, GRAPH, OWN, "conditioner of a user", whole=[GROUPED])
+each_of_grouped = pairs(GROUPED, GRAPH, "conditioner of a user", whole=[GROUPED])
 one_of_each = pytest.mark.parametrize("method", ("rk4", "dopri5"))
 
 SOLVERS = {
@@ -263,7 +280,12 @@ def exact(make, inverse):
     return net, x, results(TORCHDIFFEQ, Solver("dopri8", 1e-10, 1e-10), net, x, inverse=inverse)
 
 
-@pairs("grouped, silu, 2 layers", "masked, tanh, 3 layers", "leave-one-out, softplus, 2 layers")
+@pairs(
+    "grouped, silu, 2 layers",
+    "masked, tanh, 3 layers",
+    "leave-one-out, softplus, 2 layers",
+    "graph, silu, 2 layers, hubs",
+)
 @pytest.mark.parametrize("inverse", (False, True), ids=("forward", "backward"))
 @pytest.mark.parametrize("method", SOLVERS)
 def test_methods(executor, method, inverse):
@@ -287,7 +309,7 @@ def test_methods(executor, method, inverse):
     assert_close(lower, [value.float() for value in expected], 1e-2 if solver.adaptive else 1e-4)
 
 
-@pairs(GROUPED, MASKED, LEAVE_ONE_OUT, OWN)
+@pairs(GROUPED, MASKED, LEAVE_ONE_OUT, GRAPH, OWN)
 @pytest.mark.parametrize("method", SOLVERS)
 def test_all_executors_take_the_same_steps(executor, method):
     net, x, solver = make_net(executor), 3 * torch.randn(10, 3), SOLVERS[method]
@@ -326,7 +348,7 @@ BATCHES = {
 }
 
 
-@pairs(GROUPED, MASKED, LEAVE_ONE_OUT, OWN)
+@pairs(GROUPED, MASKED, LEAVE_ONE_OUT, GRAPH, OWN)
 @parametrize("shapes", BATCHES)
 def test_batch_shapes(executor, shapes):
     batch_shape, context_shape = shapes
