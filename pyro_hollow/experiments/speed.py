@@ -38,8 +38,10 @@ from torch import Tensor, nn
 
 from pyro_hollow.experiments.harness import Parser, Progress, interleaved, positive, table
 from pyro_hollow.infer import AutoHollowCNF
-from pyro_hollow.nn import ConditionalHollowNN, HollowField, HollowNN
+from pyro_hollow.nn import ConditionalHollowNN, GraphConditioner, HollowField, HollowNN
+from pyro_hollow.nn.native import NativeStepper
 from pyro_hollow.ode import Solver
+from pyro_hollow.ode.explicit import TABLEAUS
 from pyro_hollow.ops import dimwise_derivatives
 from pyro_hollow.ops.stepper import Stepper, Tableau
 from pyro_hollow.ops.vector_field import VectorField
@@ -232,9 +234,19 @@ def can_compile(device: str) -> bool:
     return device == "cpu"
 
 
+def on_a_ring(d: int) -> GraphConditioner:
+    """A conditioner whose graph is a ring."""
+    ring = torch.eye(d, dtype=torch.bool).roll(1, 0)
+    return GraphConditioner(d, [32, 32], adjacency=ring | ring.T)
+
+
+def _hollow(conditioner: str | GraphConditioner, d: int) -> HollowCNF:
+    return HollowCNF(HollowNN(d, max_rate=4.0, conditioner=conditioner))  # as in hollow_cnf
+
+
 FIELDS: dict[str, Callable[[int], HollowCNF | FreeFormCNF]] = {
-    "grouped": lambda d: HollowCNF(HollowNN(d, max_rate=4.0)),  # as in a flow
-    "leave-one-out": lambda d: HollowCNF(HollowNN(d, max_rate=4.0, conditioner="leave-one-out")),
+    **{name: partial(_hollow, name) for name in CONDITIONERS},
+    "graph": lambda d: _hollow(on_a_ring(d), d),
     "free-form": lambda d: FreeFormCNF(free_form_peer(d, 100 * d + 5000)),
 }
 
@@ -255,7 +267,7 @@ def solves(sizes: Sequence[tuple[int, int]], repeats: int, device: str = "cpu") 
         flows: dict[str, HollowCNF | FreeFormCNF] = {"autograd": flow}
         if isinstance(flow.nn, HollowNN):
             flows = {"autograd": AutogradCNF(flow.nn, solver=solver), "hollow": flow}
-            if kind == "grouped" and can_compile(device):
+            if can_compile(device):
                 flows["native"] = HollowCNF(flow.nn, solver=replace(solver, compile=True))
         steps: dict[str, Callable[[], object]] = {k: partial(_step_of_density, f, x) for k, f in flows.items()}
         steps["torchdiffeq"] = partial(_step_by_torchdiffeq, flow, x)
@@ -267,6 +279,38 @@ def solves(sizes: Sequence[tuple[int, int]], repeats: int, device: str = "cpu") 
             f"{times['autograd'] / times['torchdiffeq']:.2f} | {found.nfe if found else 0} | {' | '.join(ratios)} |"
         )
     return lines
+
+
+def arithmetic(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
+    """
+    Rows: the arithmetic of compiled code, 2 operations per parameter and sample in an evaluation and 4 more in its
+    backward pass, in GFLOP/s and as a share of a product of matrices in torch.
+
+    :param dims: dimensions.
+    :param int batch: samples.
+    :param int repeats: repetitions.
+    """
+    square, rows = torch.randn(512, 512), []
+    for (kind, make), d in itertools.product(list(FIELDS.items())[:-1], dims):
+        flow, x = make(d), torch.randn(batch, d)
+        field: VectorField = flow._bind()
+        state = field.initial_state(x)
+        stepper, _ = field.stepper(TABLEAUS["rk4"], state, compile=True)
+        assert isinstance(stepper, NativeStepper)
+        y, sums, tolerances = stepper.pack(state), stepper.new_sums(), None
+        saved = stepper.step(0.0, 0.25, y, None, tolerances).saved
+        forward, backward = partial(stepper.step, 0.0, 0.25, y, None, tolerances), stepper.step_vjp
+        candidates: dict[str, Callable[[], object]] = {
+            "product": lambda: [square @ square for _ in range(4)],
+            "forward": forward,
+            "backward": partial(backward, 0.0, 0.25, saved, torch.ones_like(y), sums),
+        }
+        times = interleaved(candidates, 10 * repeats, f"arithmetic of {kind}, d = {d}")
+        work = 4 * 2 * batch * _count(flow.nn)  # of 4 evaluations
+        product = 4 * 2 * 512**3 / times["product"]
+        rates = [work / times["forward"], 3 * work / (times["forward"] + times["backward"])]
+        rows.append([kind, str(d), f"{product / 1e9:.0f}", *(f"{r / 1e9:.0f} ({r / product:.2f})" for r in rates)])
+    return table("conditioner | d | torch.mm | forward | forward + backward", rows)
 
 
 def _step_by_torchdiffeq(flow: HollowCNF | FreeFormCNF, x: Tensor) -> int:
@@ -368,8 +412,8 @@ def svi_guides(device: str = "cpu") -> dict[str, Callable[[Any], AutoGuide]]:
     }
 
 
-def svi_steps(dims: Sequence[int], repeats: int, device: str = "cpu") -> list[str]:
-    """Rows: the time of an SVI step with 32 vectorised particles relative to that with AutoIAFNormal."""
+def svi_steps(dims: Sequence[int], repeats: int, device: str = "cpu", before: int = 0) -> list[str]:
+    """Rows: the time of an SVI step with 32 particles relative to that with AutoIAFNormal, after so many steps."""
     columns: list[dict[str, str]] = []
     for d in dims:
 
@@ -388,7 +432,8 @@ def svi_steps(dims: Sequence[int], repeats: int, device: str = "cpu") -> list[st
             )
             steps[name] = svi.step
             with torch.device(device):  # where Pyro's guides make their transforms, at the first step
-                svi.step()
+                for _ in range(1 + before):
+                    svi.step()
         times = interleaved(steps, repeats, f"SVI, d = {d}")
         ratios = {name: seconds / times["AutoIAFNormal"] for name, seconds in times.items()}
         columns.append({name: f"{ratio:.2f} ({times[name] * 1e3:.1f} ms)" for name, ratio in ratios.items()})
@@ -410,9 +455,13 @@ TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], list[str]]]] = {
         "Time of a training step of a density relative to torchdiffeq's, by each executor",
         lambda args: solves([(2, 32), (10, 32), (40, 32), (64, 256)], args.repeats, args.device),
     ),
+    "arithmetic": (
+        "Arithmetic of compiled code, in GFLOP/s and as a share of a product of matrices in torch, batch 32",
+        lambda args: arithmetic((10, 40, 100), 32, args.repeats),
+    ),
     "svi": (
-        "Time of an SVI step with 32 particles, relative to that with AutoIAFNormal, a fresh guide",
-        lambda args: svi_steps((10, 100), 20 * args.repeats, args.device),
+        "Time of an SVI step with 32 particles, relative to that with AutoIAFNormal, after 450 steps",
+        lambda args: svi_steps((10, 100), 7 * args.repeats, args.device, 450),
     ),
     "memory": (
         "Peak memory of a training step of a density (rk4, 4 steps), d = 64",

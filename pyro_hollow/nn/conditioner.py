@@ -456,10 +456,12 @@ class BoundLeaveOneOut(BoundConditioner):
     """
 
     trust = 0.5
+    streams = 1
     _offset: Tensor  # the outer one and the shift, once flattened
 
     def __init__(self, net: LeaveOneOutConditioner, context: Tensor | None) -> None:
         self.activation = s = net._activation
+        self.groups = net.input_dim
         self.weight = net.weight * s.rate
         self.inner = net.offset.bind(context, s.rate)
         self.outer = net.pool_offset.bind(context, s.rate)

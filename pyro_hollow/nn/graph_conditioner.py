@@ -156,9 +156,11 @@ class BoundGraph(BoundConditioner):
     """
 
     trust = 1.0
+    streams = 1
 
     def __init__(self, net: GraphConditioner, context: Tensor | None) -> None:
         self.activation = s = net._activation
+        self.groups = net.input_dim
         self.index, self.hubs = net.index, net.hubs
         self.weight = net.weight * (net.mask * s.rate)
         self.hub_weight = None

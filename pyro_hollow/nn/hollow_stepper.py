@@ -92,7 +92,9 @@ class HollowStepper(DifferentiatedStepper):
         """See :meth:`Stepper.unpack`."""
         return rows(y[:-1], self._batch_shape), y[-1].view(self._batch_shape)
 
-    def step(self, t: float, h: float, y: Tensor, first: Slope | None, tolerances: Tolerances | None) -> Step:
+    def step(
+        self, t: float, h: float, y: Tensor, first: Slope | None, tolerances: Tolerances | None, keep: bool = True
+    ) -> Step:
         """See :meth:`Stepper.step`."""
         times = [t + c * h for c in (*self.tableau.c, 1.0)]
         stages = len(times) - 1

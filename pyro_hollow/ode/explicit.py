@@ -81,7 +81,7 @@ def fixed(times: Sequence[float], max_nfe: int) -> Loop:
         for t, end in zip(times[:-1], times[1:], strict=True):
             if path.nfe + len(stepper.tableau.b) > max_nfe:
                 raise Failure("max_nfe", t, path.end, path.nfe)
-            step = stepper.step(t, end - t, path.end, None, None)
+            step = stepper.step(t, end - t, path.end, None, None, keep)
             path.end = step.end
             path.saved += [step.saved] if keep else ()
             path.nfe += len(stepper.tableau.b)
@@ -130,7 +130,7 @@ def adaptive(t0: float, t1: float, tolerances: Tolerances, max_nfe: int, first_s
                 if math.isfinite(ratio):
                     raise Failure("underflow", t, slope, path.nfe)
                 raise Failure("non-finite", rejected, slope, path.nfe)
-            step = stepper.step(t, end - t, path.end, known, tolerances)
+            step = stepper.step(t, end - t, path.end, known, tolerances, keep)
             path.nfe += len(tableau.b)
             ratio = step.ratio
             accepted = ratio <= (stepper.trust if end - t == t1 - t0 else 1.0)

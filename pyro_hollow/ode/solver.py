@@ -99,10 +99,12 @@ class Solver:
     which: "autograd" for any field; "hollow", with derivatives by hand, for networks whose conditioner and transformer
     have them; and "native", compiled code. torchdiffeq serves the other methods and options, and ``adjoint=True``.
 
-    ``compile=True`` uses the native executor if it supports the field: on a CPU, for a grouped conditioner and the
-    activations "silu" and "tanh", up to 4 million products of samples and weights in an evaluation (32 samples up to
-    about 40 dimensions). Otherwise it warns once and has no effect; see ``stats.reason``. It takes a C compiler (the
-    one that the environment variable CC names, or cc, gcc or clang) and, once in each process, a second to compile.
+    ``compile=True`` uses the native executor if it supports the field: on a CPU, for the conditioners of this package
+    and the closed-form transformer, with the activations "silu" and "tanh". Otherwise it warns once and has no effect;
+    see ``stats.reason``. It takes a C compiler (the one that the environment variable CC names, or cc, gcc or clang).
+    What is compiled, in some seconds, is kept for later processes in the folder that the environment variable
+    PYRO_HOLLOW_CACHE names, or in ``~/.cache/pyro_hollow``. Large solves use as many threads as
+    :func:`torch.get_num_threads` tells, if the compiler knows OpenMP.
 
     :param str method: a name in :data:`METHODS`.
     :param float rtol: relative tolerance of adaptive methods.
@@ -344,8 +346,8 @@ class Solver:
         warnings.warn(
             f"compile=True has no effect on this solve: {stats.reason}. There is compiled code for the methods "
             f"{', '.join(explicit.TABLEAUS)} without adjoint=True, options of torchdiffeq and autocast; on a CPU, "
-            "in float32 and float64; for a grouped conditioner and a closed-form transformer, both with the activation "
-            "'silu' or 'tanh'; and up to 4 million products of samples and weights in an evaluation",
+            "in float32 and float64; and for conditioners of this package and a closed-form transformer, both with the "
+            "activation 'silu' or 'tanh'",
             UserWarning,
             stacklevel=4,
         )

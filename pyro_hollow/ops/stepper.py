@@ -154,7 +154,9 @@ class Stepper(ABC):
         """The inverse of :meth:`pack`."""
 
     @abstractmethod
-    def step(self, t: float, h: float, y: Tensor, first: Slope | None, tolerances: Tolerances | None) -> Step:
+    def step(
+        self, t: float, h: float, y: Tensor, first: Slope | None, tolerances: Tolerances | None, keep: bool = True
+    ) -> Step:
         """
         Takes a step.
 
@@ -163,6 +165,7 @@ class Stepper(ABC):
         :param Tensor y: the packed state at its beginning.
         :param first: the slope there, if known.
         :param tolerances: relative and absolute, for an estimate of the error.
+        :param bool keep: whether derivatives of the step will be asked for.
         """
 
     @abstractmethod
@@ -307,7 +310,9 @@ class AutogradStepper(Stepper):
             raise ValueError(f"field must return the {len(self._shapes)} parts of the state, but returned {len(slope)}")
         return self.pack(tuple([_expanded(part, shape) for part, shape in zip(slope, self._shapes, strict=True)]))
 
-    def step(self, t: float, h: float, y: Tensor, first: Slope | None, tolerances: Tolerances | None) -> Step:
+    def step(
+        self, t: float, h: float, y: Tensor, first: Slope | None, tolerances: Tolerances | None, keep: bool = True
+    ) -> Step:
         """See :meth:`Stepper.step`."""
         tableau = self.tableau
         states, slopes = [y], [self.evaluate(t, y) if first is None else first[0]]

@@ -7,9 +7,13 @@ import copy
 import dataclasses
 import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -18,7 +22,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_hollow.infer import AutoHollowCNF
-from pyro_hollow.nn.native import build, stepper
+from pyro_hollow.nn.native import build, packing, stepper
 from pyro_hollow.ode import Solver, SolverError
 from pyro_hollow.transforms import hollow_cnf
 
@@ -67,16 +71,46 @@ def test_saturation(activation, dtype, size):
     assert_close(*answers, TOLERANCES[dtype])
 
 
-def test_large_batches_and_defaults():
-    flow = strengthen(hollow_cnf(10, cache_size=0))
-    x, answers = torch.randn(3, 11, 10), []
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("conditioner", ["grouped", "masked", "leave-one-out"])
+def test_large_batches_threads_and_defaults(conditioner, threads, monkeypatch):
+    """Several blocks of samples, the last one smaller, on one thread and on more than there may be processors."""
+    monkeypatch.setattr(stepper, "_PRODUCTS_OF_A_THREAD", 1)
+    flow = strengthen(hollow_cnf(10, conditioner=conditioner, cache_size=0), 0.1)
+    x, answers = torch.randn(3, 37, 10), []
     for compile in (False, True):
-        flow.solver = Solver(rtol=1e-6, atol=1e-6, compile=compile)
-        answers.append([*gradients_of(flow, x), flow.last_solve.nfe * torch.ones(())])
-        with torch.inference_mode():
-            assert_close(flow.call_and_ladj(x), answers[-1][:2], 1e-14)
+        torch.set_num_threads(threads if compile else 1)
+        try:
+            flow.solver = Solver(rtol=1e-6, atol=1e-6, compile=compile)
+            answers.append([*gradients_of(flow, x), flow.last_solve.nfe * torch.ones(())])
+            with torch.inference_mode():
+                assert_close(flow.call_and_ladj(x), answers[-1][:2], 1e-14)
+        finally:
+            torch.set_num_threads(1)
         assert flow.last_solve.backend == ("native" if compile else "hollow")
     assert_close(*answers, 1e-12)
+
+
+def test_memory_is_used_again(monkeypatch):
+    """And not before all that shares it is gone."""
+    monkeypatch.setattr(packing, "_waiting", {})
+    tensor = packing.empty(100_000, torch.float32)
+    address, part = tensor.data_ptr(), tensor[5:10].fill_(1.0)
+    assert address % 64 == 0
+    del tensor
+    other = packing.empty(100_000, torch.float32).fill_(2.0)
+    assert other.data_ptr() != address and torch.equal(part, torch.ones(5, dtype=torch.float32))
+    del part
+    assert packing.empty(60_000, torch.float32).data_ptr() == address
+    assert packing.empty(1_000, torch.float32).data_ptr() != address  # much smaller
+
+
+def test_memory_that_waits_is_bounded(monkeypatch):
+    monkeypatch.setattr(packing, "_MOST", 1_000_000)
+    monkeypatch.setattr(packing, "_waiting", {})
+    tensors = [packing.empty(100_000, torch.float32) for _ in range(5)]
+    del tensors
+    assert 0 < sum(map(len, packing._waiting.values())) <= 1_000_000
 
 
 @pytest.mark.parametrize("nan", [0x7FF8000000000000, 0x7FF00000000007A2, 0xFFF8000000000001])
@@ -97,10 +131,13 @@ def mixed(flow):
 
 #: Networks, settings of the solver, the reason and the executor.
 NOT_COMPILED = {
-    "masked": (dict(conditioner="masked", hidden_dims=[8, 4]), {}, "masked conditioner", "hollow"),
-    "leave-one-out": (dict(conditioner="leave-one-out"), {}, "grouped conditioner", "hollow"),
+    "transformer": (
+        dict(transformer=torch.nn.Sequential(torch.nn.Linear(34, 1, dtype=torch.float64))),
+        {},
+        "closed-form",
+        "autograd",
+    ),
     "softplus": (dict(hidden_dims=[8], activation="softplus"), {}, "activation 'softplus'", "hollow"),
-    "large": (dict(input_dim=64), dict(method="rk4"), "network and batch are too large", "hollow"),
     "mixed types": (dict(hidden_dims=[5]), {}, "weights of several types", "hollow"),
     "of torchdiffeq": ({}, dict(method="adaptive_heun"), "method 'adaptive_heun'", "torchdiffeq"),
     "implicit": ({}, dict(method="bdf"), "method 'bdf'", "implicit"),
@@ -114,7 +151,7 @@ NOT_COMPILED = {
 def test_others_are_solved_as_ever_and_say_why_once(name):
     network, settings, reason, executor = NOT_COMPILED[name]
     flow = strengthen(hollow_cnf(**{"input_dim": 3} | network, cache_size=0), 0.1)
-    x, answers = torch.randn(32 if name == "large" else 4, flow.nn.input_dim), []
+    x, answers = torch.randn(4, 3), []
     if name == "mixed types":
         mixed(flow)
     for compile in (False, True):
@@ -139,6 +176,16 @@ def test_the_statistics_tell_that_compiled_code_ran():
     assert (flow.last_solve.backend, flow.last_solve.reason) == ("hollow", "")
 
 
+def test_python_and_c_name_the_tensors_in_one_order():
+    source = Path(build.__file__).with_name("kernel.c").read_text()
+    names = re.search(r"enum \{(.*?)\blayers\b", source.replace("LAYERS /*", "layers /*"), re.DOTALL).group(1)
+    assert tuple(re.findall(r"\w+", names)) == stepper._NAMES
+    for struct, expected in (("Net", stepper._Net), ("Tableau", stepper._Tableau)):
+        body = re.search(r"typedef struct \{([^}]*)\} " + struct, source).group(1)
+        body = re.sub(r"/\*.*?\*/|const|int64_t|REAL|double|\*", " ", body, flags=re.DOTALL)
+        assert re.findall(r"\w+", body) == [name for name, _ in expected._fields_]
+
+
 def test_solver_is_copied_and_saved():
     solver = Solver("rk4", compile=True)
     for other in (copy.deepcopy(solver), pickle.loads(pickle.dumps(solver))):
@@ -150,9 +197,55 @@ def test_solver_is_copied_and_saved():
 
 
 @pytest.fixture
-def fresh(monkeypatch):
+def fresh(monkeypatch, tmp_path):
     """Nothing has been compiled yet."""
+    monkeypatch.setenv("PYRO_HOLLOW_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(stepper, "library", cache(build.library.__wrapped__))
+    return tmp_path / "cache"
+
+
+def test_compiled_code_is_kept(fresh, monkeypatch):
+    """And is compiled anew if the file is not complete, or the compiler another one."""
+    solver = Solver(compile=True)
+    hollow_cnf(2, solver=solver)(torch.randn(3, 2))
+    (path,) = fresh.iterdir()
+    first = path.stat().st_mtime_ns
+    monkeypatch.setattr(stepper, "library", cache(build.library.__wrapped__))
+    hollow_cnf(2, solver=solver)(torch.randn(3, 2))
+    assert [path] == list(fresh.iterdir()) and path.stat().st_mtime_ns == first
+    other = fresh / f"kernel-{build._command(torch.float32, build._OPTIONS[0])[1]}.so"
+    other.write_bytes(b"no library")
+    hollow_cnf(2, solver=solver).float()(torch.randn(3, 2, dtype=torch.float32))
+    assert other.stat().st_size > 10_000
+    monkeypatch.setenv("CC", f"{COMPILER} -DSOMETHING_ELSE")
+    assert build._command(torch.float32, build._OPTIONS[0])[1] not in other.name
+
+
+@pytest.mark.parametrize("set_to", ["a file", "a folder in a file"])
+def test_folder_that_cannot_be_written(fresh, monkeypatch, tmp_path, set_to):
+    """Nothing is kept, and all works."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PYRO_HOLLOW_CACHE", str(tmp_path / ("file" if set_to == "a file" else "file/folder")))
+    with pytest.warns(UserWarning, match="cannot be kept in .*PYRO_HOLLOW_CACHE"):
+        hollow_cnf(2, solver=Solver(compile=True))(torch.randn(3, 2))
+
+
+def test_folder_of_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("PYRO_HOLLOW_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "pyro_hollow"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / ".cache" / "pyro_hollow"
+
+
+def test_two_processes_compile_at_once(fresh):
+    """Each of them works, and one file is left."""
+    code = "import torch; from pyro_hollow.nn.native.build import library; print(library(torch.float64).lanes())"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
+    answers = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and answers[0] == answers[1] != b""
+    assert len(list(fresh.iterdir())) == 1
 
 
 def test_compiler_of_the_environment(fresh, monkeypatch):
@@ -196,7 +289,7 @@ def test_no_compiler(fresh, monkeypatch, name):
     guide = AutoHollowCNF(two_normals, compile=True)
     with pytest.raises(RuntimeError, match=message):
         guide()
-    for kwargs in ({"penalty": 1e-3}, {"activation": "softplus"}, {"conditioner": "masked", "hidden_dims": [4, 4]}):
+    for kwargs in ({"penalty": 1e-3}, {"activation": "softplus"}):
         pyro.clear_param_store()
         said = nullcontext() if "penalty" in kwargs else pytest.warns(UserWarning, match="compile=True has no effect")
         with said:  # a penalty begins after the warm-up

@@ -105,7 +105,7 @@ def on_a_graph(hidden_dims, max_degree, **settings):
         path = torch.ones(d, d).triu(-1).tril(1).bool()
         return GraphConditioner(d, hidden_dims, context_dim, adjacency=path, max_degree=max_degree, **settings)
 
-    return network(BY_HAND, conditioner=make)
+    return network(BY_HAND if settings["activation"] == "softplus" else ALL, conditioner=make)
 
 
 def network(executors, hidden_dims=None, **settings):
@@ -129,7 +129,7 @@ MASKED_LAYERS = {"2 layers": [5, 4], "3 layers": [6, 5, 2]}
 NETWORKS = {
     **{
         f"{conditioner}, {activation}, {layers}": network(
-            ALL if conditioner == "grouped" and activation != "softplus" else BY_HAND,
+            BY_HAND if activation == "softplus" else ALL,
             hidden_dims,
             conditioner=conditioner,
             activation=activation,

@@ -16,34 +16,29 @@ from torch import Tensor
 from pyro_hollow.ops.stepper import Slope, Step, Tableau, Tolerances, Unsupported
 from pyro_hollow.ops.vector_field import VectorField
 
-from ..activations import ACTIVATIONS
-from ..conditioner import BoundConditioner, BoundDense
-from ..hollow_stepper import HollowStepper, Saved, Sums
-from ..layout import rows
+from ..conditioner import BoundConditioner, BoundDense, BoundLeaveOneOut
+from ..graph_conditioner import BoundGraph
+from ..hollow_stepper import HollowStepper, Saved
 from ..transformer import BoundClosedForm, BoundTransformer
 from .build import TYPES, library
+from .packing import Packed, empty
 
 __all__ = ["NativeStepper"]
 
-# Of samples and weights; with more torch's matrix products are as fast, and use all cores.
-_MAX_PRODUCTS = 4_000_000
 _INT, _DOUBLE, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-
-#: The order of tensors in the structs of kernel.c.
-_BOUND = ("weight", "offset", "term_weight", "term_time", "term_offset", "input_weight", "output_weight", "slopes")
+#: The fewest products of weights and samples in an evaluation that are worth a thread, which has to be woken.
+_PRODUCTS_OF_A_THREAD = 500_000
 
 
 class _Net(ctypes.Structure):
     _fields_ = [
-        *((name, _INT) for name in ("d", "batch", "depth", "width", "logistic_units", "logistic_terms")),
-        *((name, _INT) for name in ("offset_columns", "term_columns")),
+        *((name, _INT) for name in ("d", "batch", "groups", "streams", "depth", "width")),
+        *((name, _INT) for name in ("features", "neighbours")),
+        *((name, _INT) for name in ("logistic_units", "logistic_terms", "offset_rows", "inner_rows", "term_rows")),
+        ("threads", _INT),
         ("max_rate", _DOUBLE),
-        *((name, _POINTER) for name in ("units", "biases", "weights", *_BOUND)),
+        *((name, _POINTER) for name in ("units", "index", "hubs", "tensors", "transposed")),
     ]
-
-
-class _Sums(ctypes.Structure):
-    _fields_ = [(name, _POINTER) for name in ("biases", "weights", *_BOUND)]
 
 
 class _Tableau(ctypes.Structure):
@@ -69,11 +64,89 @@ def _addresses(tensors: list[Tensor]) -> Any:
     return (_POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
+def _by_row(offset: Tensor, groups: int) -> Tensor:
+    """``(groups * units, 1 or batch)`` to ``(1 or batch, groups, units)``."""
+    return offset.unflatten(0, (groups, -1)).movedim(-1, 0)
+
+
+def _by_column(offset: Tensor) -> Tensor:
+    """The inverse of :func:`_by_row`."""
+    return offset.flatten(1).mT
+
+
+Tensors = dict[str, Tensor]
+
+
+class _Dense:
+    """The tensors of a :class:`BoundDense` by their names in kernel.c, and their gradients in its own order."""
+
+    @staticmethod
+    def to_native(bound: BoundDense) -> Tensors:
+        weight, slope = bound.weight.unflatten(0, (bound.groups, -1)).tensor_split([-1], dim=2)
+        return {"FRONT": weight, "OFFSET": _by_row(bound.offset, bound.groups), "SLOPE": slope.mT}
+
+    @staticmethod
+    def to_torch(sums: Tensors) -> list[Tensor]:
+        return [torch.cat([sums["FRONT"], sums["SLOPE"].mT], dim=2).flatten(0, 1), _by_column(sums["OFFSET"])]
+
+
+class _Graph:
+    """The same for a :class:`BoundGraph`."""
+
+    @staticmethod
+    def to_native(bound: BoundGraph) -> Tensors:
+        d, units, _ = bound.weight.shape
+        hubs = {} if bound.hub_weight is None else {"HUBS": bound.hub_weight.view(-1, units, d)}
+        return {
+            "FRONT": bound.weight, "OFFSET": _by_row(bound.offset, d), "SLOPE": bound.slope.view(d, 1, -1), **hubs
+        }  # fmt: skip
+
+    @staticmethod
+    def to_torch(sums: Tensors) -> list[Tensor]:
+        hubs = [] if sums["HUBS"] is None else [sums["HUBS"].flatten(0, 1)]
+        return [sums["FRONT"], *hubs, _by_column(sums["OFFSET"]), sums["SLOPE"].reshape(-1, 1)]
+
+
+class _LeaveOneOut:
+    """The same for a :class:`BoundLeaveOneOut`."""
+
+    @staticmethod
+    def to_native(bound: BoundLeaveOneOut) -> Tensors:
+        d = bound.groups
+        return {
+            "FRONT": bound.pool_weight,
+            "OFFSET": _by_row(bound.outer[0], d) + bound.shift.squeeze(-1),
+            "SLOPE": bound.outer[1].view(d, 1, -1),
+            "FEATURE": bound.weight.mT,
+            "INNER_OFFSET": _by_row(bound.inner[0], d),
+            "INNER_SLOPE": bound.inner[1].view(d, 1, -1),
+        }
+
+    @staticmethod
+    def to_torch(sums: Tensors) -> list[Tensor]:
+        offset = sums["OFFSET"]
+        inner = _by_column(sums["INNER_OFFSET"]), sums["INNER_SLOPE"].reshape(-1, 1)
+        outer = _by_column(offset), sums["SLOPE"].reshape(-1, 1)
+        return [sums["FEATURE"].mT, *inner, *outer, sums["FRONT"], offset.sum(0).unsqueeze(-1)]
+
+
+_KINDS: dict[type[BoundConditioner], Any] = {
+    BoundDense: _Dense, BoundGraph: _Graph, BoundLeaveOneOut: _LeaveOneOut
+}  # fmt: skip
+#: The tensors of kernel.c, in its order; behind them, bias and weight of each of the later layers.
+_NAMES = (
+    "FRONT", "OFFSET", "SLOPE", "HUBS", "FEATURE", "INNER_OFFSET", "INNER_SLOPE",
+    "TERMS", "TERM_OFFSET", "TERM_SLOPE", "INPUT", "OUTPUT", "SLOPES",
+)  # fmt: skip
+_MATRICES = ("FRONT", "HUBS", "TERMS")
+
+
 class NativeStepper(HollowStepper):
     """
-    Steps of a hollow field in compiled code; see :class:`HollowStepper` for its parameters.
+    Steps of a hollow field in compiled code; see :class:`HollowStepper` for its parameters. Packed states have the
+    shape ``(batch, d + 1)``, the integral of the divergence in the last column.
 
-    :raises Unsupported: for a field that there is no compiled code for, or none that is faster.
+    :raises Unsupported: for a field that there is no compiled code for.
     :raises RuntimeError: where nothing can be compiled.
     """
 
@@ -87,38 +160,57 @@ class NativeStepper(HollowStepper):
         transformer: BoundTransformer,
         state: Saved,
     ) -> None:
+        _check_support(conditioner, transformer)
         super().__init__(tableau, field, conditioner, transformer, state)
-        units, terms = _supported(self._conditioner, self._transformer, self._batch_shape.numel())
-        x = state[0]
-        if x.dtype != units.weight.dtype or x.device != units.weight.device:
+        units: Any = self._conditioner
+        terms: Any = self._transformer
+        x, batch = state[0], self._batch_shape.numel()
+        if x.dtype != terms.weight.dtype or x.device != terms.weight.device:
             raise RuntimeError(
-                f"state must be {units.weight.dtype} on {units.weight.device}, but got {x.dtype} on {x.device}"
+                f"state must be {terms.weight.dtype} on {terms.weight.device}, but got {x.dtype} on {x.device}"
             )
         self._library = library(x.dtype)
-        d, tanh = len(terms.weight), ACTIVATIONS["tanh"]
-        widths = [len(units.weight) // d, *(weight.shape[1] for _, weight in units.layers.pairs)]
-        biases, weights = ([pair[k].detach().contiguous() for pair in units.layers.pairs] for k in (0, 1))
-        # In the order of _BOUND.
-        tensors = [units.weight, units.offset, terms.weight, terms.time_weight, terms.offset]
-        tensors += [terms.input_weight, terms.output_weight, terms.slopes]
-        tensors = [tensor.detach().contiguous() for tensor in tensors]
-        arrays = (_INT * len(widths))(*widths), _addresses(biases), _addresses(weights)
+        self._kind = _KINDS[type(units)]
+        with torch.no_grad():
+            tensors: Tensors = {
+                **self._kind.to_native(units),
+                "TERMS": terms.weight, "TERM_OFFSET": terms.offset.movedim(-1, 0), "TERM_SLOPE": terms.time_weight.mT,
+                "INPUT": terms.input_weight.mT, "OUTPUT": terms.output_weight, "SLOPES": terms.slopes,
+            }  # fmt: skip
+            none = x.new_empty(1, 1, 0)
+            ordered = [tensors.get(name, none) for name in _NAMES]
+            for bias, weight in units.layers.pairs:
+                ordered += [bias.mT, weight]
+        matrices = (*map(_NAMES.index, _MATRICES), *range(len(_NAMES) + 1, len(ordered), 2))
+        self._packed = Packed(self._library, ordered, matrices)
+        d, _, width = terms.slopes.shape
+        widths = [tensors["OFFSET"].shape[2], *[weight.shape[1] for _, weight in units.layers.pairs]]
+        products = batch * sum([ordered[k].numel() for k in matrices])
+        self._widths, self._graph = (_INT * len(widths))(*widths), _graph(units)
+        graph = self._graph or [none, none]
         self._net = _Net(
-            d,
-            self._batch_shape.numel(),
-            len(widths),
-            terms.width,
-            units.activation == tanh,
-            terms.activation == tanh,
-            units.offset.shape[-1],
-            terms.offset.shape[-1],
-            terms.max_rate or 0.0,
-            *map(ctypes.addressof, arrays),
-            *[tensor.data_ptr() for tensor in tensors],
-        )
-        self._alive: tuple[Any, ...] = biases, weights, tensors, arrays  # as long as C has their addresses
+            d, batch, units.groups, units.streams, len(widths), width,
+            tensors.get("FEATURE", none).shape[2], graph[0].shape[-1],
+            units.activation.name == "tanh", terms.activation.name == "tanh",
+            *[tensors.get(name, none).shape[0] for name in ("OFFSET", "INNER_OFFSET", "TERM_OFFSET")],
+            max(1, min(torch.get_num_threads(), products // _PRODUCTS_OF_A_THREAD)), terms.max_rate or 0.0,
+            ctypes.addressof(self._widths), *[tensor.data_ptr() for tensor in graph],
+            *map(ctypes.addressof, (self._packed.copies, self._packed.transposed)),
+        )  # fmt: skip
+        self._size: int = batch * self._library.saved_size(ctypes.byref(self._net))
 
-    def step(self, t: float, h: float, y: Tensor, first: Slope | None, tolerances: Tolerances | None) -> Step:
+    def pack(self, state: Saved) -> Tensor:
+        """``(batch, d + 1)``."""
+        x, integral = state
+        return torch.cat([x.reshape(-1, x.shape[-1]), integral.reshape(-1, 1)], dim=1)
+
+    def unpack(self, y: Tensor) -> Saved:
+        """See :meth:`Stepper.unpack`."""
+        return y[:, :-1].reshape(self._shapes[0]), y[:, -1].reshape(self._batch_shape)
+
+    def step(
+        self, t: float, h: float, y: Tensor, first: Slope | None, tolerances: Tolerances | None, keep: bool = True
+    ) -> Step:
         """
         See :meth:`Stepper.step`.
 
@@ -126,59 +218,79 @@ class NativeStepper(HollowStepper):
         """
         stages = len(self.tableau.b)
         states, slopes = y.new_empty(stages, *y.shape), y.new_empty(stages + 1, *y.shape)
+        saved = list(empty((stages + 1) * self._size, y.dtype).view(stages + 1, -1).unbind()) if keep else []
         if first is not None:
             slopes[0] = first[0]
+            saved[:1] = first[1]
         end = torch.empty_like(y)
         square = self._library.step(
             ctypes.byref(self._net), _tableau(self.tableau, tolerances is not None)[0], t, h, y.data_ptr(),
-            first is not None, states.data_ptr(), slopes.data_ptr(), end.data_ptr(), *(tolerances or (1.0, 1.0)),
+            first is not None, states.data_ptr(), slopes.data_ptr(), _addresses(saved) if keep else None,
+            end.data_ptr(), *(tolerances or (1.0, 1.0)),
         )  # fmt: skip
         _check(square)
-        return Step(end, (states,), (slopes[0], ()), (slopes[-1], ()), math.sqrt(square))
+        first, last = (slopes[0], tuple(saved[:1])), (slopes[-1], tuple(saved[-1:]))
+        return Step(end, (states, *saved[:-1]), first, last, math.sqrt(square))
 
-    def step_vjp(self, t: float, h: float, saved: Saved, y_bar: Tensor, sums: Sums) -> Tensor:
+    def new_sums(self) -> Any:
+        """See :meth:`DifferentiatedStepper.new_sums`."""
+        return self._packed.new_sums()
+
+    def step_vjp(self, t: float, h: float, saved: Saved, y_bar: Tensor, sums: Any) -> Tensor:
         """See :meth:`DifferentiatedStepper.step_vjp`."""
         y_bar = y_bar.clone(memory_format=torch.contiguous_format)
-        # By name, as C has nothing but addresses. Hooks of saved tensors may change strides.
-        states, biases, weights = saved[0].contiguous(), _addresses(sums[0][2::2]), _addresses(sums[0][3::2])
-        bound = [tensor.data_ptr() for tensor in (*sums[0][:2], *sums[1])]
-        totals = _Sums(ctypes.addressof(biases), ctypes.addressof(weights), *bound)
+        states, *kept = [tensor.contiguous() for tensor in saved]  # hooks of saved tensors may change strides
         status = self._library.step_vjp(
-            ctypes.byref(self._net), ctypes.byref(totals) if self.tensors else None,
-            _tableau(self.tableau, False)[0], t, h, states.data_ptr(), y_bar.data_ptr(),
+            ctypes.byref(self._net), self._packed.addresses(sums) if self.tensors else None,
+            _tableau(self.tableau, False)[0], t, h, states.data_ptr(), _addresses(kept), y_bar.data_ptr(),
         )  # fmt: skip
         _check(status)
         return y_bar
 
+    def gradients(self, sums: Any) -> Saved:
+        """See :meth:`DifferentiatedStepper.gradients`."""
+        views: list[Any] = self._packed.views(sums)
+        tensors = dict(zip(_NAMES, views, strict=False))
+        later = views[len(_NAMES) :]
+        layers = [sum_ if k % 2 else sum_.mT for k, sum_ in enumerate(later)]
+        terms = [
+            tensors["TERMS"], tensors["TERM_SLOPE"].mT, tensors["TERM_OFFSET"].movedim(0, -1),
+            tensors["INPUT"].mT, tensors["OUTPUT"], tensors["SLOPES"],
+        ]  # fmt: skip
+        return super().gradients(([*self._kind.to_torch(tensors), *layers], terms))
+
     def step_score(self, t: float, h: float, saved: Saved, score: Tensor) -> Tensor:
         """See :meth:`Stepper.step_score`."""
-        states = saved[0].contiguous()
-        columns = score.reshape(-1, score.shape[-1]).mT.clone(memory_format=torch.contiguous_format)
+        states, *kept = [tensor.contiguous() for tensor in saved]
+        carried = score.clone(memory_format=torch.contiguous_format)
         status = self._library.step_score(
-            ctypes.byref(self._net), _tableau(self.tableau, False)[0], t, h, states.data_ptr(), columns.data_ptr()
-        )
+            ctypes.byref(self._net), _tableau(self.tableau, False)[0], t, h, states.data_ptr(), _addresses(kept),
+            carried.data_ptr(),
+        )  # fmt: skip
         _check(status)
-        return rows(columns, self._batch_shape).contiguous()
+        return carried
 
 
-def _supported(
-    conditioner: BoundConditioner, transformer: BoundTransformer, batch: int
-) -> tuple[BoundDense, BoundClosedForm]:
+def _graph(conditioner: BoundConditioner) -> list[Tensor]:
+    """The neighbours of each coordinate, and its row among the hubs or -1, if there is a graph."""
+    if not isinstance(conditioner, BoundGraph):
+        return []
+    index, hubs = conditioner.index, conditioner.hubs
+    rows = index.new_full(index.shape[:1], -1)
+    rows[hubs] = torch.arange(len(hubs), device=index.device)
+    return [index.contiguous(), rows]
+
+
+def _check_support(conditioner: BoundConditioner, transformer: BoundTransformer) -> None:
     """
-    The parts of the field that there is compiled code for.
-
-    :raises Unsupported: if there is none, or none that is faster.
+    :raises Unsupported: for a field that there is no compiled code for.
     """
-    if not isinstance(transformer, BoundClosedForm) or not isinstance(conditioner, BoundDense):
-        raise Unsupported("there is compiled code for a grouped conditioner and a closed-form transformer alone")
+    if not isinstance(transformer, BoundClosedForm) or type(conditioner) not in _KINDS:
+        raise Unsupported("there is compiled code for the conditioners by name and a closed-form transformer alone")
+    units: Any = conditioner
     tensors = (*conditioner.tensors, *transformer.tensors)
-    dtype, device = conditioner.weight.dtype, conditioner.weight.device
-    d, width = conditioner.weight.shape[1] - 1, transformer.width
-    matrices = [conditioner.weight, *(weight for _, weight in conditioner.layers.pairs), transformer.weight]
-    known = [ACTIVATIONS[name] for name in ("silu", "tanh")]
-    if conditioner.streams != 1:
-        raise Unsupported("there is no compiled code for a masked conditioner")
-    if conditioner.activation not in known or transformer.activation not in known:
+    dtype, device = transformer.weight.dtype, transformer.weight.device
+    if not {units.activation.name, transformer.activation.name} <= {"silu", "tanh"}:
         raise Unsupported("there is no compiled code for the activation 'softplus'")
     if any([tensor.dtype != dtype for tensor in tensors]):
         raise Unsupported("there is no compiled code for weights of several types")
@@ -186,12 +298,10 @@ def _supported(
         raise Unsupported(f"there is no compiled code for {dtype}")
     if any([tensor.device.type != "cpu" for tensor in tensors]):
         raise Unsupported(f"there is no compiled code for the device type {device.type!r}")
+    d, width = len(transformer.weight), transformer.width
     if (
         transformer.input_weight.shape != (d, width, 1)
         or transformer.output_weight.shape != (d, 1, width)
         or transformer.weight.shape[:2] != (d, width + 2)
     ):
         raise Unsupported("there is no compiled code for a transformer whose weights have other shapes")
-    if batch * sum([matrix.numel() for matrix in matrices]) > _MAX_PRODUCTS:
-        raise Unsupported("network and batch are too large for it to be faster")
-    return conditioner, transformer
