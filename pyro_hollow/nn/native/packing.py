@@ -19,6 +19,8 @@ __all__ = ["Packed", "empty"]
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _ALIGNMENT = 64
+#: The bytes from which on memory is worth keeping.
+_LEAST = 1 << 16
 #: Together, blocks of memory that wait to be used again take no more bytes.
 _MOST = 1 << 28
 _waiting: dict[int, bytearray] = {}
@@ -44,6 +46,8 @@ def empty(size: int, dtype: torch.dtype) -> Tensor:
     :param int size: the number of elements.
     :param dtype: their type.
     """
+    if size * dtype.itemsize < _LEAST:
+        return torch.empty(size, dtype=dtype, device="cpu")
     block = _find(size * dtype.itemsize + _ALIGNMENT)
     owner = (ctypes.c_char * len(block)).from_buffer(block)  # which the storage of the tensor keeps alive
     weakref.finalize(owner, _keep, block).atexit = False

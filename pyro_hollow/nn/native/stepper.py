@@ -60,10 +60,6 @@ def _check(status: float) -> None:
         raise MemoryError("no memory for a solve in compiled code: use smaller batches")
 
 
-def _addresses(tensors: list[Tensor]) -> Any:
-    return (_POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-
-
 def _by_row(offset: Tensor, groups: int) -> Tensor:
     """``(groups * units, 1 or batch)`` to ``(1 or batch, groups, units)``."""
     return offset.unflatten(0, (groups, -1)).movedim(-1, 0)
@@ -217,20 +213,27 @@ class NativeStepper(HollowStepper):
         :raises MemoryError: if there is too little, here and below.
         """
         stages = len(self.tableau.b)
-        states, slopes = y.new_empty(stages, *y.shape), y.new_empty(stages + 1, *y.shape)
-        saved = list(empty((stages + 1) * self._size, y.dtype).view(stages + 1, -1).unbind()) if keep else []
+        evaluations = stages + (tolerances is not None)
+        states, slopes = y.new_empty(stages, *y.shape), y.new_empty(evaluations, *y.shape)
+        # What the evaluations keep; the first one may have been made in another step.
+        known: Saved = (empty(self._size, y.dtype),) if keep and first is None else ()
+        later: Saved = (empty((evaluations - 1) * self._size, y.dtype).view(-1, self._size),) if keep else ()
         if first is not None:
-            slopes[0] = first[0]
-            saved[:1] = first[1]
+            slopes[0], known = first
         end = torch.empty_like(y)
         square = self._library.step(
             ctypes.byref(self._net), _tableau(self.tableau, tolerances is not None)[0], t, h, y.data_ptr(),
-            first is not None, states.data_ptr(), slopes.data_ptr(), _addresses(saved) if keep else None,
+            first is not None, states.data_ptr(), slopes.data_ptr(), self._addresses(*known, *later) if keep else None,
             end.data_ptr(), *(tolerances or (1.0, 1.0)),
         )  # fmt: skip
         _check(square)
-        first, last = (slopes[0], tuple(saved[:1])), (slopes[-1], tuple(saved[-1:]))
-        return Step(end, (states, *saved[:-1]), first, last, math.sqrt(square))
+        last = None if tolerances is None else (slopes[-1], tuple([each[-1] for each in later]))
+        return Step(end, (states, *known, *later), (slopes[0], known), last, math.sqrt(square))
+
+    def _addresses(self, first: Tensor, later: Tensor) -> Any:
+        """Those of what the first evaluation of a step keeps, and the later ones."""
+        begin, size = later.data_ptr(), self._size * later.element_size()
+        return (_POINTER * (1 + len(later)))(first.data_ptr(), *[begin + k * size for k in range(len(later))])
 
     def new_sums(self) -> Any:
         """See :meth:`DifferentiatedStepper.new_sums`."""
@@ -242,7 +245,7 @@ class NativeStepper(HollowStepper):
         states, *kept = [tensor.contiguous() for tensor in saved]  # hooks of saved tensors may change strides
         status = self._library.step_vjp(
             ctypes.byref(self._net), self._packed.addresses(sums) if self.tensors else None,
-            _tableau(self.tableau, False)[0], t, h, states.data_ptr(), _addresses(kept), y_bar.data_ptr(),
+            _tableau(self.tableau, False)[0], t, h, states.data_ptr(), self._addresses(*kept), y_bar.data_ptr(),
         )  # fmt: skip
         _check(status)
         return y_bar
@@ -264,7 +267,7 @@ class NativeStepper(HollowStepper):
         states, *kept = [tensor.contiguous() for tensor in saved]
         carried = score.clone(memory_format=torch.contiguous_format)
         status = self._library.step_score(
-            ctypes.byref(self._net), _tableau(self.tableau, False)[0], t, h, states.data_ptr(), _addresses(kept),
+            ctypes.byref(self._net), _tableau(self.tableau, False)[0], t, h, states.data_ptr(), self._addresses(*kept),
             carried.data_ptr(),
         )  # fmt: skip
         _check(status)
