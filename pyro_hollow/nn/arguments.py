@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from pyro_hollow.ops.arguments import closest_keywords
 
-__all__ = ["check_widths", "closest_keywords"]
+__all__ = ["check_block_dim", "check_widths", "closest_keywords"]
 
 
 def check_widths(hidden_dims: Iterable[int], least: int = 1, of: str = "") -> list[int]:
@@ -34,3 +34,19 @@ def check_widths(hidden_dims: Iterable[int], least: int = 1, of: str = "") -> li
     if len(widths) < least or min(widths, default=1) < 1:
         raise ValueError(f"{rule}, for example [64], but got {widths}")
     return widths
+
+
+def check_block_dim(block_dim: int, input_dim: int) -> int:
+    """
+    Checks the number of coordinates of a block.
+
+    :raises TypeError: for anything but an integer.
+    :raises ValueError: for one below 1 and one that does not divide ``input_dim``.
+    """
+    try:
+        size = operator.index(block_dim)
+    except TypeError as error:
+        raise TypeError(f"block_dim must be an integer, but got {block_dim!r}") from error
+    if size < 1 or input_dim % size:
+        raise ValueError(f"block_dim must be at least 1 and divide input_dim = {input_dim}, but got {size}")
+    return size

@@ -16,8 +16,18 @@ from torch import Tensor, nn
 from pyro_hollow.ops.stepper import Unsupported
 
 from .activations import Activation, get_activation
-from .arguments import check_widths, closest_keywords
-from .layout import add_offset, columns, flatten_offset, flatten_time, offset_at, project
+from .arguments import check_block_dim, check_widths, closest_keywords
+from .layout import (
+    add_offset,
+    add_product,
+    by_block,
+    by_coordinate,
+    columns,
+    flatten_offset,
+    flatten_time,
+    offset_at,
+    project,
+)
 
 Saved = tuple[Tensor, ...]
 
@@ -38,7 +48,8 @@ class BoundConditioner:
     A conditioner with everything that does not depend on :math:`(t, x)` computed: ``h = bound(t, x)``.
 
     Whoever writes :meth:`evaluate`, :meth:`vjp` and :meth:`accumulate` gets solves whose gradients are taken by hand.
-    There tensors are coordinate-major, ``(d, batch)`` and ``(d, units, batch)``, and carry no graph.
+    There tensors are coordinate-major, ``(d, batch)`` and ``(d, units, batch)``, and carry no graph. Where coordinates
+    come in blocks, hidden units have the number of blocks, ``d / block_dim``, in the place of d.
 
     :param function: maps time and inputs of shape ``(*, d)`` to hidden units of shape ``(*, d, d_h)``.
     :param tensors: the tensors whose gradients determine those of the parameters and of the context; none of them may
@@ -100,27 +111,34 @@ class BoundConditioner:
 class Conditioner(nn.Module):
     r"""
     The base class of conditioners :math:`h_i = c_i(t, x_{-i})`, :math:`i = 1, \dots, d`, with :math:`h_i` in
-    :math:`\mathbb{R}^{d_h}`. Those of this package return the units of their last layer, for the activation "tanh" in
-    the form :math:`(1 + \tanh z) / 2`. To write your own, override :meth:`forward`; :class:`~pyro_hollow.nn.HollowNN`
-    checks that :math:`h_i` is free of :math:`x_i`. Override :meth:`bind` instead where work can be done once per solve.
+    :math:`\mathbb{R}^{d_h}`; with ``block_dim``, i counts blocks of coordinates. Those of this package return the units
+    of their last layer, for the activation "tanh" in the form :math:`(1 + \tanh z) / 2`. To write your own, override
+    :meth:`forward`; :class:`~pyro_hollow.nn.HollowNN` checks that :math:`h_i` is free of :math:`x_i`. Override
+    :meth:`bind` instead where work can be done once per solve.
 
     :param int input_dim: the number d of coordinates.
-    :param int hidden_dim: the number d_h of hidden units that each coordinate receives.
+    :param int hidden_dim: the number d_h of hidden units that each block of coordinates receives.
     :param int context_dim: the size of the context; 0 for none.
+    :param int block_dim: the number of coordinates of a block; block k has the coordinates ``k * block_dim``, ...,
+        ``k * block_dim + block_dim - 1``.
+    :raises ValueError: for a block_dim that does not divide input_dim.
     """
 
-    def __init__(self, input_dim: int, hidden_dim: int, context_dim: int = 0) -> None:
+    block_dim = 1
+
+    def __init__(self, input_dim: int, hidden_dim: int, context_dim: int = 0, block_dim: int = 1) -> None:
         super().__init__()
         self.input_dim = input_dim
         self.hidden_dim = hidden_dim
         self.context_dim = context_dim
+        self.block_dim = check_block_dim(block_dim, input_dim)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """
         :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
         :param Tensor x: inputs with shape ``(*, d)``.
         :param Tensor context: the context, whose shape ``(*, context_dim)`` broadcasts against x's batch.
-        :returns: hidden units with shape ``(*, d, d_h)``.
+        :returns: hidden units with shape ``(*, d / block_dim, d_h)``.
         """
         if type(self).bind is Conditioner.bind:
             raise NotImplementedError("a Conditioner must override forward or bind")
@@ -139,7 +157,8 @@ class Conditioner(nn.Module):
         return BoundConditioner(lambda t, x: self.forward(t, x, alias), (*self.parameters(), alias))
 
     def extra_repr(self) -> str:
-        return f"{self.input_dim}, {self.hidden_dim}, context_dim={self.context_dim}"
+        blocks = f", block_dim={self.block_dim}" if self.block_dim > 1 else ""
+        return f"{self.input_dim}, {self.hidden_dim}, context_dim={self.context_dim}{blocks}"
 
 
 def _uniform(shape: Sequence[int], fan_in: float) -> Tensor:
@@ -243,12 +262,13 @@ class GroupedConditioner(Conditioner):
     The general conditioner: d separate networks :math:`c_i(t, x_{-i}, \text{context})`, evaluated together. The first
     layer of network i sees x with its own coordinate masked out; the later ones are d independent dense layers, one
     batched matrix product each. It costs :math:`O(d^2)` operations a sample: the best choice up to a few hundred
-    dimensions.
+    dimensions. Of blocks of coordinates each has a network, whose first layer masks the block.
 
     :param int input_dim: the number d of coordinates.
     :param hidden_dims: widths of each coordinate's layers; the last one is d_h.
     :param int context_dim: the size of the context; 0 for none.
     :param str activation: "tanh", "softplus" or "silu".
+    :param int block_dim: the number of coordinates of a block.
     """
 
     mask: Tensor
@@ -256,16 +276,23 @@ class GroupedConditioner(Conditioner):
 
     @closest_keywords()
     def __init__(
-        self, input_dim: int, hidden_dims: Sequence[int], context_dim: int = 0, *, activation: str = "tanh"
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int],
+        context_dim: int = 0,
+        *,
+        activation: str = "tanh",
+        block_dim: int = 1,
     ) -> None:
         widths = check_widths(hidden_dims, of="a grouped conditioner")
-        super().__init__(input_dim, widths[-1], context_dim)
-        self.groups = input_dim
+        super().__init__(input_dim, widths[-1], context_dim, block_dim)
+        self.groups = groups = input_dim // block_dim
         self._activation = get_activation(activation)
-        self.weight = nn.Parameter(_uniform((input_dim * widths[0], input_dim), input_dim))
-        self.offset = _Offset(input_dim * widths[0], context_dim)
-        self.layers = _Layers(input_dim, widths)
-        mask = self._activation.rate * (1 - torch.eye(input_dim, dtype=self.weight.dtype))
+        self.weight = nn.Parameter(_uniform((groups * widths[0], input_dim), input_dim))
+        self.offset = _Offset(groups * widths[0], context_dim)
+        self.layers = _Layers(groups, widths)
+        own = torch.eye(groups, dtype=self.weight.dtype).repeat_interleave(block_dim, dim=1)
+        mask = self._activation.rate * (1 - own)
         self.register_buffer("mask", mask.repeat_interleave(widths[0], dim=0), persistent=False)
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
@@ -411,31 +438,39 @@ class LeaveOneOutConditioner(Conditioner):
         :math:`h_i = \psi_i\Bigl(\sum_{j \ne i} V_j \, s(u_j x_j + c_j)\Bigr)`,
 
     with the sum taken as a product with a matrix of ones whose diagonal is zero, so that the diagonal of its Jacobian
-    is zero to the bit (a total minus a part is not); in blocks, so that its cost is linear in d.
+    is zero to the bit (a total minus a part is not); in parts, so that its cost is linear in d. Blocks of coordinates
+    have features of a block, with matrices :math:`u_j`.
 
     :param int input_dim: the number d of coordinates.
     :param hidden_dims: the number of features of a coordinate, then widths of the layers :math:`\psi_i` behind the sum;
         the last one is d_h.
     :param int context_dim: the size of the context; 0 for none.
     :param str activation: "tanh", "softplus" or "silu".
+    :param int block_dim: the number of coordinates of a block.
     """
 
     others: Tensor
 
     @closest_keywords()
     def __init__(
-        self, input_dim: int, hidden_dims: Sequence[int], context_dim: int = 0, *, activation: str = "tanh"
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int],
+        context_dim: int = 0,
+        *,
+        activation: str = "tanh",
+        block_dim: int = 1,
     ) -> None:
         widths = check_widths(hidden_dims, of="a leave-one-out conditioner")
-        super().__init__(input_dim, widths[-1], context_dim)
+        super().__init__(input_dim, widths[-1], context_dim, block_dim)
         self._activation = get_activation(activation)
-        width = widths[0]
-        self.weight = nn.Parameter(torch.randn(input_dim, width, 1))
-        self.offset = _Offset(input_dim * width, context_dim)
-        self.pool_weight = nn.Parameter(_uniform((input_dim, width, width), width * (input_dim - 1)))
-        self.pool_offset = _Offset(input_dim * width, context_dim)
-        self.layers = _Layers(input_dim, widths)
-        others = 1 - torch.eye(min(input_dim, _BLOCK), dtype=self.weight.dtype)
+        width, groups = widths[0], input_dim // block_dim
+        self.weight = nn.Parameter(torch.randn(groups, width, block_dim))
+        self.offset = _Offset(groups * width, context_dim)
+        self.pool_weight = nn.Parameter(_uniform((groups, width, width), width * (groups - 1)))
+        self.pool_offset = _Offset(groups * width, context_dim)
+        self.layers = _Layers(groups, widths)
+        others = 1 - torch.eye(min(groups, _BLOCK), dtype=self.weight.dtype)
         self.register_buffer("others", others, persistent=False)
 
     def bind(self, context: Tensor | None = None) -> BoundConditioner:
@@ -447,10 +482,11 @@ class BoundLeaveOneOut(BoundConditioner):
     """
     A conditioner that pools the features of the other coordinates; see :class:`LeaveOneOutConditioner`.
 
-    :ivar weight: of the features, with shape ``(d, features, 1)``.
-    :ivar inner: offset of the features at time 0, with shape ``(d * features, 1 or *context_batch)``, and its slope.
+    :ivar weight: of the features, with shape ``(groups, features, block_dim)``.
+    :ivar inner: offset of the features at time 0, with shape ``(groups * features, 1 or *context_batch)``, and its
+        slope.
     :ivar outer: the same of the pooled features.
-    :ivar pool_weight: the matrices V_j, with shape ``(d, features, features)``.
+    :ivar pool_weight: the matrices V_j, with shape ``(groups, features, features)``.
     :ivar shift: a part of the outer offset, by the shift of the activation.
     :ivar others: ones with a diagonal of zeros, for the sums over the other coordinates.
     """
@@ -461,7 +497,7 @@ class BoundLeaveOneOut(BoundConditioner):
 
     def __init__(self, net: LeaveOneOutConditioner, context: Tensor | None) -> None:
         self.activation = s = net._activation
-        self.groups = net.input_dim
+        self.groups = len(net.weight)
         self.weight = net.weight * s.rate
         self.inner = net.offset.bind(context, s.rate)
         self.outer = net.pool_offset.bind(context, s.rate)
@@ -490,7 +526,8 @@ class BoundLeaveOneOut(BoundConditioner):
     def evaluate(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Saved]:
         """See :meth:`BoundConditioner.evaluate`."""
         shape = (*self.weight.shape[:2], -1)
-        z = torch.addcmul(offset_at(*self.inner, t).view(shape), self.weight, x.unsqueeze(1))
+        offset, x = offset_at(*self.inner, t).view(shape), by_block(x, self.weight.shape[2])
+        z = add_product(offset, self.weight, x)
         features = self.activation.apply(z)
         pooled = _sum_of_others(torch.bmm(self.pool_weight, features), self.others)
         h, saved = self.layers.evaluate(pooled + offset_at(self._offset, self.outer[1], t).view(shape))
@@ -502,14 +539,14 @@ class BoundLeaveOneOut(BoundConditioner):
         outer_bar, operands = self.layers.vjp(tuple(rest), h_bar)
         pooled_bar = _sum_of_others(outer_bar, self.others)  # which is symmetric
         z_bar = self.activation.vjp(torch.bmm(self.pool_weight.mT, pooled_bar), z)
-        x_bar = torch.baddbmm(x_bar.unsqueeze(1), self.weight.mT, z_bar).squeeze(1)
-        return x_bar, (x, z_bar, features, pooled_bar, outer_bar, *operands)
+        x_bar = torch.baddbmm(by_block(x_bar, x.shape[1]), self.weight.mT, z_bar)
+        return by_coordinate(x_bar), (x, z_bar, features, pooled_bar, outer_bar, *operands)
 
     def accumulate(self, times: Tensor, operands: Saved, sums: Sequence[Tensor]) -> None:
         """See :meth:`BoundConditioner.accumulate`."""
         x, z_bar, features, pooled_bar, outer_bar, *later = operands
         weight_bar, inner_bar, inner_slope, offset_bar, offset_slope, pool_bar, shift_bar, *others = sums
-        weight_bar.baddbmm_(z_bar, x.unsqueeze(-1))
+        weight_bar.baddbmm_(z_bar, x.mT)
         add_offset(inner_bar, inner_slope, z_bar.flatten(0, 1), times)
         add_offset(offset_bar, offset_slope, outer_bar.flatten(0, 1), times)
         pool_bar.baddbmm_(pooled_bar, features.mT)

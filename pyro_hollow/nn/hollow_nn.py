@@ -15,7 +15,7 @@ from pyro_hollow.ops.stepper import Stepper, Tableau, Unsupported
 from pyro_hollow.ops.vector_field import VectorField
 
 from .activations import ACTIVATIONS
-from .arguments import closest_keywords
+from .arguments import check_block_dim, closest_keywords
 from .conditioner import CONDITIONERS, BoundConditioner, Conditioner
 from .graph_conditioner import GraphConditioner
 from .hollow_stepper import HollowStepper
@@ -32,9 +32,10 @@ class HollowField(VectorField):
         :math:`f_i(t, x) = \tau_i(t, x_i, h_i), \qquad h_i = c_i(t, x_{-i})`,
 
     as :meth:`ConditionalHollowNN.bind` returns it: masked weights and the projected context are computed already.
-    It shares the network's parameters as they were when it was bound; bind anew after changing them.
+    It shares the network's parameters as they were when it was bound; bind anew after changing them. Where the
+    transformer acts on blocks of coordinates, i counts these.
 
-    :ivar conditioner: maps time and the state to the hidden units h with shape ``(*, d, d_h)``.
+    :ivar conditioner: maps time and the state to the hidden units h with shape ``(*, d / block_dim, d_h)``.
     :ivar transformer: maps time, the state and the hidden units to f.
     :ivar tensors: the tensors whose gradients determine those of the parameters and of the context, as an adjoint
         method needs them; none of them depends on another.
@@ -44,6 +45,7 @@ class HollowField(VectorField):
         self._input_dim = input_dim
         self.conditioner = conditioner
         self.transformer = transformer
+        self.block_dim = transformer.block_dim
         distinct = {id(tensor): tensor for tensor in (*conditioner.tensors, *transformer.tensors)}
         self.tensors = tuple([tensor for tensor in distinct.values() if tensor.requires_grad])
 
@@ -62,8 +64,7 @@ class HollowField(VectorField):
         :returns: ``(f, D1, ..., Dk)``, each with shape ``(*, d)``.
         :raises ValueError: for a state of another size or a negative order.
         """
-        if x.dim() == 0 or x.shape[-1] != self._input_dim:
-            raise ValueError(f"x must have shape (*, {self._input_dim}), but got {tuple(x.shape)}")
+        self._check(x)
         if order < 0:
             raise ValueError(f"order must be 0 or more, but got {order}")
         return self.transformer.derivatives(t, x, self.conditioner(t, x), order)
@@ -79,6 +80,23 @@ class HollowField(VectorField):
         """
         dx, diagonal = self.dimwise_derivatives(t, x, 1)
         return dx, diagonal
+
+    def with_blocks(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""
+        Field and diagonal blocks of its Jacobian, of which the rest is the hollow part.
+
+        :param Tensor t: time, a scalar, or one per sample with a shape that broadcasts to ``(*,)``.
+        :param Tensor x: the state with shape ``(*, d)``.
+        :returns: :math:`f(t, x)` with shape ``(*, d)``, and :math:`\partial f_k / \partial x_k` for the blocks of b =
+            block_dim coordinates, with shape ``(*, d / b, b, b)``.
+        :raises ValueError: for a state of another size.
+        """
+        self._check(x)
+        return self.transformer.blocks(t, x, self.conditioner(t, x))
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self._input_dim:
+            raise ValueError(f"x must have shape (*, {self._input_dim}), but got {tuple(x.shape)}")
 
     def stepper(self, tableau: Tableau, state: tuple[Tensor, ...], compile: bool = False) -> tuple[Stepper, str]:
         """See :meth:`VectorField.stepper`."""
@@ -101,6 +119,10 @@ class ConditionalHollowNN(nn.Module):
     matrix, through the conditioner. The diagonal, and with it the divergence, costs no more than one more elementwise
     pass, whatever the dimension.
 
+    With ``block_dim=b``, i counts blocks of b neighbouring coordinates, such as the positions of particles:
+    :math:`x_i, f_i \in \mathbb{R}^b`, and :math:`h_i` sees all other blocks. The Jacobian splits into its diagonal
+    blocks and a rest that is zero there; the divergence is the sum of the traces of the blocks.
+
     Example usage:
 
     >>> net = ConditionalHollowNN(input_dim=5, context_dim=3)
@@ -122,13 +144,15 @@ class ConditionalHollowNN(nn.Module):
         that each coordinate receives; of each coordinate's own layers for "grouped" and "leave-one-out", of the shared
         layers for "masked". Defaults to [32, 32], and to [max(4 * input_dim, 64), 32] for "masked".
     :param conditioner: "grouped", "masked", "leave-one-out", or a :class:`~pyro_hollow.nn.Conditioner` of your own.
-    :param transformer: None for the closed form, or a module that maps ``(*, 2 + d_h)``, holding
-        :math:`[x_i, t, h_i]`, to ``(*, 1)``; see :class:`~pyro_hollow.nn.ModuleTransformer`. Or a
+    :param transformer: None for the closed form, or a module that maps ``(*, block_dim + 1 + d_h)``, holding
+        :math:`[x_i, t, h_i]`, to ``(*, block_dim)``; see :class:`~pyro_hollow.nn.ModuleTransformer`. Or a
         :class:`~pyro_hollow.nn.Transformer`.
-    :param int transformer_dim: the number of units per coordinate of the closed-form transformer. Defaults to 16.
+    :param int transformer_dim: the number of units per block of the closed-form transformer. Defaults to 16.
     :param activation: "tanh", "softplus" or "silu"; or two of them, that of the conditioner and the transformer's.
     :param float max_rate: a bound on the rate at which the closed form's affine part expands and contracts, see
         :class:`~pyro_hollow.nn.ClosedFormTransformer`; None for no bound.
+    :param int block_dim: the number b of coordinates of a block, which divides input_dim. More than 1 needs the
+        conditioner "grouped" or "leave-one-out", or one of your own with this block_dim.
     :raises ValueError: for sizes and names that do not fit, for settings that would have no effect, and if h_i depends
         on x_i in a conditioner of your own.
 
@@ -149,6 +173,7 @@ class ConditionalHollowNN(nn.Module):
         transformer_dim: int | None = None,
         activation: str | tuple[str, str] = "tanh",
         max_rate: float | None = None,
+        block_dim: int = 1,
     ) -> None:
         super().__init__()
         pair = (activation, activation) if isinstance(activation, str) else activation
@@ -163,18 +188,23 @@ class ConditionalHollowNN(nn.Module):
             raise ValueError(f"context_dim must not be negative, but got {context_dim}")
         self.input_dim = input_dim
         self.context_dim = context_dim
+        self.block_dim = check_block_dim(block_dim, input_dim)
         if isinstance(conditioner, Conditioner):
             if hidden_dims is not None:
                 raise ValueError("hidden_dims has no effect on a conditioner of your own: leave one of them out")
-            _check_conditioner(conditioner, input_dim, context_dim)
+            _check_conditioner(conditioner, input_dim, context_dim, self.block_dim)
             self.conditioner = conditioner
         else:
-            self.conditioner = _make_conditioner(conditioner, input_dim, context_dim, hidden_dims, pair[0])
+            self.conditioner = _make_conditioner(
+                conditioner, input_dim, context_dim, hidden_dims, pair[0], self.block_dim
+            )
         sizes = (input_dim, self.conditioner.hidden_dim, context_dim)
         self.transformer: Transformer
         if transformer is None:
             width = 16 if transformer_dim is None else transformer_dim
-            self.transformer = ClosedFormTransformer(*sizes, width=width, activation=pair[1], max_rate=max_rate)
+            self.transformer = ClosedFormTransformer(
+                *sizes, width=width, activation=pair[1], max_rate=max_rate, block_dim=self.block_dim
+            )
         elif transformer_dim is not None or max_rate is not None:
             name = "transformer_dim" if transformer_dim is not None else "max_rate"
             raise ValueError(f"{name} has no effect on a transformer of your own: leave one of them out")
@@ -184,9 +214,14 @@ class ConditionalHollowNN(nn.Module):
                 raise ValueError(
                     f"transformer was made for input_dim, hidden_dim, context_dim = {own}, but the network has {sizes}"
                 )
+            if transformer.block_dim != self.block_dim:
+                raise ValueError(
+                    f"transformer was made for block_dim={transformer.block_dim}, but the network has "
+                    f"block_dim={self.block_dim}"
+                )
             self.transformer = transformer
         else:
-            self.transformer = ModuleTransformer(transformer, *sizes)
+            self.transformer = ModuleTransformer(transformer, *sizes, self.block_dim)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """
@@ -234,7 +269,7 @@ class HollowNN(ConditionalHollowNN):
 
     :param int input_dim: the number d of coordinates; 1 works (the conditioner then sees time alone).
     :param hidden_dims: widths of the conditioner's layers; see :class:`~pyro_hollow.nn.ConditionalHollowNN`.
-    :param kwargs: conditioner, transformer, transformer_dim, activation and max_rate, as for
+    :param kwargs: conditioner, transformer, transformer_dim, activation, max_rate and block_dim, as for
         :class:`~pyro_hollow.nn.ConditionalHollowNN`.
 
     References:
@@ -253,6 +288,7 @@ class HollowNN(ConditionalHollowNN):
         transformer_dim: int | None = None,
         activation: str | tuple[str, str] = "tanh",
         max_rate: float | None = None,
+        block_dim: int = 1,
     ) -> None:
         super().__init__(
             input_dim,
@@ -263,11 +299,12 @@ class HollowNN(ConditionalHollowNN):
             transformer_dim=transformer_dim,
             activation=activation,
             max_rate=max_rate,
+            block_dim=block_dim,
         )
 
 
 def _make_conditioner(
-    name: str, input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None, activation: str
+    name: str, input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None, activation: str, block_dim: int
 ) -> Conditioner:
     if name == "graph":
         raise ValueError(
@@ -278,43 +315,57 @@ def _make_conditioner(
         raise ValueError(f"conditioner must be one of {sorted(CONDITIONERS)} or a Conditioner, but got {name!r}")
     if hidden_dims is None:
         hidden_dims = [max(4 * input_dim, 64), 32] if name == "masked" else [32, 32]
-    return CONDITIONERS[name](input_dim, hidden_dims, context_dim, activation=activation)
+    if block_dim == 1:
+        return CONDITIONERS[name](input_dim, hidden_dims, context_dim, activation=activation)
+    if name == "masked":
+        raise ValueError(f"block_dim={block_dim} needs the conditioner 'grouped' or 'leave-one-out', but got 'masked'")
+    return CONDITIONERS[name](input_dim, hidden_dims, context_dim, activation=activation, block_dim=block_dim)
 
 
-def _check_conditioner(conditioner: Conditioner, input_dim: int, context_dim: int) -> None:
+def _check_conditioner(conditioner: Conditioner, input_dim: int, context_dim: int, block_dim: int) -> None:
     """
     Checks sizes, and on random inputs that h_i is free of x_i, for the first and the last i and some between: a leak
-    would make every divergence wrong.
+    would make every divergence wrong. With blocks, i counts these.
     """
     sizes = (conditioner.input_dim, conditioner.context_dim)
     if sizes != (input_dim, context_dim):
         raise ValueError(
             f"conditioner was made for input_dim, context_dim = {sizes}, but the network has {(input_dim, context_dim)}"
         )
+    if conditioner.block_dim != block_dim:
+        raise ValueError(
+            f"conditioner was made for block_dim={conditioner.block_dim}, but the network has block_dim={block_dim}: "
+            "give both the same; 'grouped', 'leave-one-out' and conditioners of your own can have more than 1"
+        )
     if type(conditioner) in (*CONDITIONERS.values(), GraphConditioner):
         return
     generator = torch.Generator().manual_seed(0)  # leaves the global one alone
     like = next((p for p in conditioner.parameters() if p.is_floating_point()), torch.empty(()))
-    # Sample k asks for coordinate i_k alone, so one backward pass tests them all; a few do for many coordinates.
-    coordinates = sorted({0, input_dim - 1, *torch.randperm(input_dim, generator=generator)[:64].tolist()})
+    # Sample k asks for block i_k alone, so one backward pass tests them all; a few do for many coordinates.
+    groups = input_dim // block_dim
+    chosen = sorted({0, groups - 1, *torch.randperm(groups, generator=generator)[:64].tolist()})
     training = conditioner.training
     conditioner.eval()
     with torch.enable_grad(), _zeros_replaced(conditioner, generator):
-        x = torch.randn(len(coordinates), input_dim, generator=generator).to(like).requires_grad_()
+        x = torch.randn(len(chosen), input_dim, generator=generator).to(like).requires_grad_()
         context = torch.randn(context_dim, generator=generator).to(like) if context_dim else None
         h = conditioner(x.new_tensor(0.3), x, context)
-        if h.shape != (*x.shape, conditioner.hidden_dim):
+        if h.shape != (len(chosen), groups, conditioner.hidden_dim):
             raise ValueError(
-                f"conditioner must map (*, {input_dim}) to (*, {input_dim}, {conditioner.hidden_dim}), "
+                f"conditioner must map (*, {input_dim}) to (*, {groups}, {conditioner.hidden_dim}), "
                 f"but mapped {tuple(x.shape)} to {tuple(h.shape)}"
             )
-        own = torch.stack([h[k, i] for k, i in enumerate(coordinates)])
+        own = torch.stack([h[k, i] for k, i in enumerate(chosen)])
         own = (own * torch.randn(own.shape, generator=generator).to(own)).sum()
         gradient = torch.autograd.grad(own, x, allow_unused=True)[0] if own.requires_grad else None
     conditioner.train(training)
-    leaks = [] if gradient is None else [i for k, i in enumerate(coordinates) if gradient[k, i] != 0]
+    leaks = []
+    if gradient is not None:
+        gradient = gradient.unflatten(-1, (groups, block_dim))
+        leaks = [i for k, i in enumerate(chosen) if gradient[k, i].any()]
     if leaks:
-        raise ValueError(f"conditioner is not hollow: h_i depends on x_i for i in {leaks}")
+        blocks = "" if block_dim == 1 else f" (blocks of {block_dim} coordinates)"
+        raise ValueError(f"conditioner is not hollow: h_i depends on x_i for i in {leaks}{blocks}")
 
 
 @contextmanager

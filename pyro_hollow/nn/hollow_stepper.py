@@ -26,7 +26,7 @@ from pyro_hollow.ops.stepper import (
 from pyro_hollow.ops.vector_field import VectorField
 
 from .conditioner import BoundConditioner
-from .layout import rows, unflatten_offset
+from .layout import by_coordinate, rows, unflatten_offset
 from .transformer import BoundTransformer
 
 __all__ = ["HollowStepper"]
@@ -76,6 +76,7 @@ class HollowStepper(DifferentiatedStepper):
         self._field = field
         self._shapes = [part.shape for part in state]
         self._batch_shape = self._shapes[0][:-1]
+        self._block = transformer.block_dim
         self.trust = conditioner.trust
         self._bound = (*conditioner.tensors, *transformer.tensors)
         with torch.no_grad():
@@ -102,8 +103,9 @@ class HollowStepper(DifferentiatedStepper):
         states, slopes = y.new_empty(stages + 1, *y.shape), y.new_zeros(stages + 1, *y.shape)
         states[0] = y
         start, flat, rest = y.view(-1), slopes.flatten(1).mT, states.flatten(1).unbind()
-        x, f, divergence = states[:, :-1], slopes[:, :-1].unsqueeze(2), slopes[:, -1:]
-        parts = list(zip(x.unbind(), x.unsqueeze(2).unbind(), f.unbind(), divergence.unbind(), strict=True))
+        x, f, divergence = states[:, :-1], slopes[:, :-1], slopes[:, -1:]
+        blocks, f = (part.view(stages + 1, -1, self._block, y.shape[1]) for part in (x, f))
+        parts = list(zip(x.unbind(), blocks.unbind(), f.unbind(), divergence.unbind(), strict=True))
         saved: list[Saved] = []
         if first is not None:
             slopes[0] = first[0]
@@ -112,9 +114,9 @@ class HollowStepper(DifferentiatedStepper):
             if i:
                 torch.addmv(start, flat, self._rows[i], alpha=h, out=rest[i])
             if i == len(saved) and (i < stages or tolerances is not None):
-                x, column, f, divergence = parts[i]
+                x, block, f, divergence = parts[i]
                 hidden, units = self._conditioner.evaluate(time, x)
-                terms = self._transformer.evaluate(time, column, hidden, f, divergence)
+                terms = self._transformer.evaluate(time, block, hidden, f, divergence)
                 self._count = len(terms)
                 saved.append((*terms, *units))
         end, kept, before = states[stages], tuple(chain.from_iterable(saved[:stages])), (slopes[0], saved[0])
@@ -127,7 +129,7 @@ class HollowStepper(DifferentiatedStepper):
     def _vjp(self, saved: Saved, f_bar: Tensor, divergence_bar: Tensor) -> tuple[Tensor, Saved, Saved]:
         """The gradient of x, and tensors for the gradients of the weights: the transformer's and the conditioner's."""
         direct, h_bar, operands = self._transformer.vjp(saved[: self._count], f_bar, divergence_bar)
-        x_bar, others = self._conditioner.vjp(saved[self._count :], h_bar, direct.squeeze(1))
+        x_bar, others = self._conditioner.vjp(saved[self._count :], h_bar, by_coordinate(direct))
         return x_bar, operands, others
 
     def new_sums(self) -> Sums:
@@ -137,15 +139,16 @@ class HollowStepper(DifferentiatedStepper):
     def step_vjp(self, t: float, h: float, saved: Saved, y_bar: Tensor, sums: Sums) -> Tensor:
         """See :meth:`DifferentiatedStepper.step_vjp`."""
         b, c = self.tableau.b, self.tableau.c
-        x_bar, integral_bar = y_bar[:-1].unsqueeze(1), y_bar[-1]
+        x_bar, integral_bar = y_bar[:-1], y_bar[-1]
         bars = y_bar.new_zeros(len(c), *x_bar.shape)  # the gradients of the states of the stages
-        start, flat, rest = x_bar.view(-1), bars.flatten(1).mT, bars.squeeze(2).unbind()
+        start, flat, rest = x_bar.view(-1), bars.flatten(1).mT, bars.unbind()
+        shape = -1, self._block, y_bar.shape[1]
         divergence_bars = torch.outer(self._rows[len(c)] * h, integral_bar).unbind()
         times = y_bar.new_tensor([[t + x * h] for x in c]).expand(-1, y_bar.shape[1]).contiguous()
         operands: list[Operands] = []
         size = len(saved) // len(c)
         for i in reversed(range(len(c))):
-            f_bar = torch.addmv(start, flat, self._columns[i], beta=h * b[i], alpha=h).view_as(x_bar)
+            f_bar = torch.addmv(start, flat, self._columns[i], beta=h * b[i], alpha=h).view(shape)
             bar, *found = self._vjp(saved[i * size : (i + 1) * size], f_bar, divergence_bars[i])
             rest[i].copy_(bar)
             operands.insert(0, found)
@@ -153,7 +156,7 @@ class HollowStepper(DifferentiatedStepper):
                 self._accumulate(times[i : i + 1], operands, sums)
                 operands = []
         self._accumulate(times, operands, sums)
-        return torch.cat([bars.sum(0).add_(x_bar).squeeze(1), y_bar[-1:]])
+        return torch.cat([bars.sum(0).add_(x_bar), y_bar[-1:]])
 
     def _accumulate(self, times: Tensor, operands: list[Operands], sums: Sums) -> None:
         """Adds the gradients of the weights in several evaluations."""
@@ -183,8 +186,8 @@ class HollowStepper(DifferentiatedStepper):
         flat, rest = slopes.flatten(1).mT, slopes.unbind()
         size = len(saved) // len(self.tableau.b)
         for i in range(len(self.tableau.b)):
-            stage = torch.addmv(start.view(-1), flat, self._rows[i], alpha=-h).view_as(start)
-            rest[i].copy_(self._vjp(saved[i * size : (i + 1) * size], stage.unsqueeze(1), one)[0])
+            stage = torch.addmv(start.view(-1), flat, self._rows[i], alpha=-h).view(-1, self._block, start.shape[1])
+            rest[i].copy_(self._vjp(saved[i * size : (i + 1) * size], stage, one)[0])
         end = torch.addmv(start.view(-1), flat, self._rows[-2], alpha=-h).view_as(start)
         return rows(end, self._batch_shape).contiguous()
 

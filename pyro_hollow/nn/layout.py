@@ -26,6 +26,21 @@ def rows(x: Tensor, batch_shape: Sequence[int]) -> Tensor:
     return x.mT.reshape(*batch_shape, x.shape[0])
 
 
+def by_block(x: Tensor, size: int) -> Tensor:
+    """``(d, batch)`` to ``(d / size, size, batch)``, a view."""
+    return x.unsqueeze(1) if size == 1 else x.unflatten(0, (-1, size))
+
+
+def by_coordinate(x: Tensor) -> Tensor:
+    """The inverse of :func:`by_block`."""
+    return x.squeeze(1) if x.shape[1] == 1 else x.flatten(0, 1)
+
+
+def add_product(z: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """``z + weight @ x`` for x with shape ``(groups, size, batch)``, which for size 1 is elementwise."""
+    return torch.addcmul(z, weight, x) if x.shape[1] == 1 else torch.baddbmm(z, weight, x)
+
+
 def project(context: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``weight @ context + bias`` for a bias of shape ``(*units, 1)``, as ``(*units, *context_batch)``."""
     units, batch_shape = bias.shape[:-1], context.shape[:-1]

@@ -4,11 +4,12 @@
 r"""
 Implicit methods for stiff equations, whose equations :math:`y = c + \eta f(t, y)` are solved by a corrector of choice.
 
-"jacobi-newton" divides by the diagonal :math:`1 - \eta D f(t, y)` alone, which a hollow network gives away with f; it
-converges where the diagonal dominates. Where its measured rate says that it will not, dense Newton takes over, and the
-statistics tell how often. "newton" factorises the dense Jacobian of each sample, by d backward passes, and keeps it as
-long as it serves; "fixed-point" needs neither, and steps as small as those of an explicit method. Difference quotients
-replace a derivative that is not finite where the field is, such as that of :math:`\sqrt{x^2}` at 0.
+"jacobi-newton" divides by the diagonal :math:`1 - \eta D f(t, y)` alone, which a hollow network gives away with f; or
+it solves with the diagonal blocks, where coordinates come in blocks. It converges where these dominate. Where its
+measured rate says that it will not, dense Newton takes over, and the statistics tell how often. "newton" factorises the
+dense Jacobian of each sample, by d backward passes, and keeps it as long as it serves; "fixed-point" needs neither, and
+steps as small as those of an explicit method. Difference quotients replace a derivative that is not finite where the
+field is, such as that of :math:`\sqrt{x^2}` at 0.
 
 A solve is a search without gradients for steps and for the roots of their equations. Gradients come from a replay of
 the accepted steps, in which every root is differentiated by the implicit function theorem.
@@ -94,7 +95,8 @@ class _Equation:
         #: How many columns are found as roots: all of them where no field is known to be free of the others.
         self.size = sum(self.sizes) if field is None else self.sizes[0]
         self._field = self._flat if field is None else field
-        self._with_diagonal = getattr(field, "with_diagonal", None)
+        self._block = getattr(field, "block_dim", 1)
+        self._with_diagonal = getattr(field, "with_blocks" if self._block > 1 else "with_diagonal", None)
         self.has_diagonal = self._with_diagonal is not None
 
     def pack(self, state: State) -> Tensor:
@@ -117,10 +119,12 @@ class _Equation:
         """The time derivative of the columns that are found as roots."""
         return self.monitor.evaluate(self._field, x.new_tensor(t), x)
 
-    def field_with_diagonal(self, t: float, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with the diagonal of its Jacobian."""
+    def with_diagonal(self, t: float, coefficient: float, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the diagonal, or the diagonal blocks, of the Jacobian of ``x - coefficient * field(t, x)``."""
         self.monitor.stats.diagonals += 1
-        return self.monitor.evaluate(cast(Any, self._with_diagonal), x.new_tensor(t), x)
+        f, diagonal = self.monitor.evaluate(cast(Any, self._with_diagonal), x.new_tensor(t), x)
+        one = 1 if self._block == 1 else torch.eye(self._block, dtype=x.dtype, device=x.device)
+        return f, one - coefficient * diagonal
 
     def complete(self, t: float, coefficient: float, constant: Tensor, x: Tensor) -> Tensor:
         """All columns, given the roots."""
@@ -215,8 +219,8 @@ class _Corrector:
 
         def residual(x: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal f, diagonal
-            f, diagonal = self._equation.field_with_diagonal(t, x)
-            return x - c - coefficient * f, 1 - coefficient * diagonal
+            f, diagonal = self._equation.with_diagonal(t, coefficient, x)
+            return x - c - coefficient * f, diagonal
 
         result = jacobi_newton(residual, x, **self._options(x))
         if bool(result.converged.all()):
@@ -442,8 +446,8 @@ class _Replay:
 
         def function(x: Tensor) -> tuple[Tensor, Tensor | None]:
             if self.kind == "jacobi-newton":
-                f, diagonal = equation.field_with_diagonal(t, x)
-                return x - coefficient * f, 1 - coefficient * diagonal
+                f, diagonal = equation.with_diagonal(t, coefficient, x)
+                return x - coefficient * f, diagonal
             return x - coefficient * equation.field(t, x), torch.ones_like(x) if self.kind == "fixed-point" else None
 
         residual = x - constant[..., : equation.size] - coefficient * equation.field(t, x)

@@ -80,11 +80,12 @@ class Solver:
     "kvaerno3" (ESDIRK, L-stable, orders 4 and 3), "bdf" (variable order up to 5) and "adams_moulton" (orders 1
     to 8; only orders 1 and 2 are A-stable). options["corrector"] says how their equations are solved: "jacobi-newton"
     by the diagonal of the Jacobian, for fields with a method ``with_diagonal(t, x) -> (dx, diagonal)`` as those of
-    hollow networks, where it is the default; "newton" by the dense Jacobian; or "fixed-point". Jacobi-Newton converges
-    where the diagonal dominates; where it does not, dense Newton takes over, and the statistics count it. Further
-    options are "first_step", "max_iterations" of the corrector and, for the last two methods, "max_order". Where a
-    tuple is integrated and the field's attribute ``state_field`` is a field for the first part alone, the other parts
-    are integrals along it and are left out of the root finding, as is the log-determinant of a flow.
+    hollow networks, where it is the default; "newton" by the dense Jacobian; or "fixed-point". Of a field whose
+    attribute ``block_dim`` is more than 1, Jacobi-Newton takes the diagonal blocks, from its method ``with_blocks``. It
+    converges where the diagonal dominates; where it does not, dense Newton takes over, and the statistics count it.
+    Further options are "first_step", "max_iterations" of the corrector and, for the last two methods, "max_order".
+    Where a tuple is integrated and the field's attribute ``state_field`` is a field for the first part alone, the
+    other parts are integrals along it and are left out of the root finding, as is the log-determinant of a flow.
 
     Gradients come by backpropagation through the solver's operations; or with ``adjoint=True`` by solving the adjoint
     equation backward ("implicit_adams" is followed by "rk4" there), which needs no memory for intermediate states, but

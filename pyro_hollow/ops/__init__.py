@@ -6,6 +6,7 @@
 from .derivatives import (
     HollowOperator,
     SplitJacobian,
+    block_jacobian,
     dimwise_derivatives,
     divergence,
     fill_by_differences,
@@ -32,6 +33,7 @@ __all__ = [
     "Unsupported",
     "VectorField",
     "attach",
+    "block_jacobian",
     "differential_operator",
     "dimwise_derivatives",
     "divergence",

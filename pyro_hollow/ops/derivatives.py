@@ -28,6 +28,7 @@ from torch import Tensor
 __all__ = [
     "HollowOperator",
     "SplitJacobian",
+    "block_jacobian",
     "dimwise_derivatives",
     "divergence",
     "fill_by_differences",
@@ -39,17 +40,21 @@ Transformer = Callable[[Tensor, Tensor], Tensor]
 Conditioner = Callable[[Tensor], Tensor]
 
 
-def dimwise_derivatives(transformer: Transformer, x: Tensor, h: Tensor, order: int) -> tuple[Tensor, ...]:
+def dimwise_derivatives(
+    transformer: Transformer, x: Tensor, h: Tensor, order: int, block_dim: int = 1
+) -> tuple[Tensor, ...]:
     r"""
     :math:`f_i = \tau_i(x_i, h_i)` and :math:`D^k f = (\partial^k \tau_1 / \partial x_1^k, \dots, \partial^k \tau_d /
     \partial x_d^k)` at fixed :math:`h` for :math:`k = 1, \dots,` order, by one backward pass each through the
-    transformer.
+    transformer. Where it acts on blocks of coordinates, it takes ``block_dim`` passes each.
 
     :param transformer: maps x with shape ``(*, d)`` and h with shape ``(*, d, d_h)`` to f with shape ``(*, d)``, such
         that :math:`f_i` depends on :math:`x_i` and :math:`h_i` alone.
     :param Tensor x: inputs with shape ``(*, d)``.
     :param Tensor h: hidden units with shape ``(*, d, d_h)``, attached to the graph that made them.
     :param int order: the highest order, 0 or more.
+    :param int block_dim: the number of coordinates of a block: :math:`f_i` may depend on all x in the block of
+        :math:`x_i`.
     :returns: ``(f, D1, ..., Dk)``, each with shape ``(*, d)``; differentiable where gradients are enabled.
     :raises ValueError: if order is negative, or f has another shape than x.
     :raises RuntimeError: in inference mode and under vmap, where nothing can be differentiated.
@@ -68,8 +73,51 @@ def dimwise_derivatives(transformer: Transformer, x: Tensor, h: Tensor, order: i
         alias = alias_of(x)
         results = [_checked(transformer(alias, h), x)]
         for k in range(1, order + 1):
-            results.append(_sum_gradient(results[-1], alias, create_graph or k < order))
+            if block_dim == 1:
+                results.append(_sum_gradient(results[-1], alias, create_graph or k < order))
+            else:
+                results.append(_blocks(results[-1], alias, block_dim, True).diagonal(dim1=-2, dim2=-1).flatten(-2))
     return tuple(results) if create_graph else tuple(result.detach() for result in results)
+
+
+def block_jacobian(transformer: Transformer, x: Tensor, h: Tensor, block_dim: int) -> tuple[Tensor, Tensor]:
+    r"""
+    :math:`f_k = \tau_k(x_k, h_k)` for blocks :math:`x_k, f_k \in \mathbb{R}^b` of coordinates, and
+    :math:`\partial \tau_k / \partial x_k` at fixed :math:`h`, by b backward passes through the transformer.
+
+    :param transformer: maps x with shape ``(*, d)`` and h with shape ``(*, d / b, d_h)`` to f with shape ``(*, d)``,
+        such that block k of f depends on block k of x and :math:`h_k` alone.
+    :param Tensor x: inputs with shape ``(*, d)``.
+    :param Tensor h: hidden units with shape ``(*, d / b, d_h)``, attached to the graph that made them.
+    :param int block_dim: the number b of coordinates of a block.
+    :returns: f with shape ``(*, d)`` and the blocks with shape ``(*, d / b, b, b)``; differentiable where gradients are
+        enabled.
+    :raises ValueError: if f has another shape than x.
+    :raises RuntimeError: in inference mode and under vmap, where nothing can be differentiated.
+
+    Example usage:
+
+    >>> x = torch.tensor([1., 2.])
+    >>> f, blocks = block_jacobian(lambda x, h: x.prod() * x, x, h=torch.zeros(1, 1), block_dim=2)
+    >>> blocks.tolist()
+    [[[4.0, 1.0], [4.0, 4.0]]]
+    """
+    create_graph = _wants_graph()
+    with torch.enable_grad():
+        alias = alias_of(x)
+        f = _checked(transformer(alias, h), x)
+        blocks = _blocks(f, alias, block_dim, create_graph)
+    return (f, blocks) if create_graph else (f.detach(), blocks.detach())
+
+
+def _blocks(value: Tensor, x: Tensor, size: int, create_graph: bool) -> Tensor:
+    """The diagonal blocks, ``(*, d / b, b, b)``, of the Jacobian of a function that acts on blocks."""
+    # One pass yields row i of all blocks. All passes share one graph.
+    rows = [
+        _sum_gradient(value[..., i::size], x, create_graph or i < size - 1).unflatten(-1, (-1, size))
+        for i in range(size)
+    ]
+    return torch.stack(rows, dim=-2)
 
 
 def _wants_graph() -> bool:

@@ -181,12 +181,15 @@ def fixed_point(residual: Residual, x: Tensor, **options: Unpack[RootOptions]) -
 @closest_keywords(_Iteration)
 def jacobi_newton(residual: ResidualWithDiagonal, x: Tensor, **options: Unpack[RootOptions]) -> RootResult:
     r"""
-    Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega F(x) / D F(x)`, elementwise.
+    Solves :math:`F(x) = 0` by :math:`x \leftarrow x - \omega F(x) / D F(x)`, elementwise, or with the diagonal
+    blocks of the Jacobian in the place of DF.
 
     Where the diagonal has changed its sign since the first iterate, has all but vanished, or is no longer finite, the
-    first one is taken in its place; a sample in which it is 0 or not finite from the first is given up.
+    first one is taken in its place; a sample in which it is 0 or not finite from the first is given up. So are blocks,
+    for whose determinants the same holds.
 
-    :param residual: maps x with shape ``(*, d)`` to F and the diagonal of its Jacobian, both with that shape.
+    :param residual: maps x with shape ``(*, d)`` to F with that shape, and to the diagonal of its Jacobian with that
+        shape or its blocks with shape ``(*, d / b, b, b)``.
     :param Tensor x: where to begin, with shape ``(*, d)``.
 
     Example usage:
@@ -243,22 +246,41 @@ def newton(
 
 
 class _Jacobi:
-    """The update of Jacobi-Newton, which remembers the diagonal of the first iterate."""
+    """The update of Jacobi-Newton, which remembers the diagonal, or the blocks, of the first iterate."""
 
     def __init__(self, residual: ResidualWithDiagonal) -> None:
         self._residual = residual
-        self._first: Tensor | None = None
+        self._first: tuple[Tensor, Tensor] | None = None
         #: True if the first diagonal was not finite where F was.
         self.is_spoilt = False
 
     def __call__(self, x: Tensor) -> Tensor:
         f, diagonal = self._residual(x)
+        blocks = diagonal.dim() > f.dim()
+        size = _determinant(diagonal) if blocks else diagonal
         if self._first is None:
-            self._first = diagonal
-            self.is_spoilt = bool((f.isfinite() & ~diagonal.isfinite()).any())
-        safe = torch.where(diagonal.isfinite() & (diagonal / self._first > _SAFE), diagonal, self._first)
+            self._first = diagonal, size
+            finite = f.unflatten(-1, diagonal.shape[-3:-1]).isfinite().all(-1) if blocks else f.isfinite()
+            self.is_spoilt = bool((finite & ~size.isfinite()).any())
         # The ratio is not finite where the first diagonal was 0; a coordinate that is a root already may stay.
-        return torch.where(f == 0, 0.0, torch.where(safe.isfinite(), -f / safe, math.inf))
+        safe = size.isfinite() & (size / self._first[1] > _SAFE)
+        used = torch.where(safe[..., None, None] if blocks else safe, diagonal, self._first[0])
+        update = _divide(-f, used)
+        usable = update.isfinite() if blocks else used.isfinite()
+        return torch.where(f == 0, 0.0, torch.where(usable, update, math.inf))
+
+
+def _determinant(blocks: Tensor) -> Tensor:
+    """The determinant of each block, NaN if the block is not finite."""
+    return torch.where(blocks.isfinite().flatten(-2).all(-1), torch.linalg.det(blocks), math.nan)
+
+
+def _divide(v: Tensor, diagonal: Tensor) -> Tensor:
+    """``v / diagonal``, or the solution of a linear system with each block, infinite if it is singular."""
+    if diagonal.dim() <= v.dim():
+        return v / diagonal
+    solution, info = torch.linalg.solve_ex(diagonal, v.unflatten(-1, diagonal.shape[-3:-1]).unsqueeze(-1))
+    return solution.masked_fill(info[..., None, None] != 0, math.inf).flatten(-3)
 
 
 def _norm(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -295,12 +317,13 @@ def _finish(
 def attach(residual: Tensor, root: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> Tensor:
     r"""
     A root of F with its gradients to all that F depends on: the transposed system :math:`(\partial F / \partial x)^T v
-    = g` is solved in the backward pass, iteratively by its diagonal where that converges, otherwise densely.
+    = g` is solved in the backward pass, iteratively by its diagonal or blocks where that converges, otherwise densely.
 
     :param Tensor residual: F at the root, attached to all that it depends on but the root.
     :param Tensor root: the root with shape ``(*, d)``.
-    :param function: maps x to F, or what of it depends on x, and to the diagonal of its Jacobian or, for a dense solve,
-        None; it is called at once, as what it depends on may be another thing at the time of the backward pass.
+    :param function: maps x to F, or what of it depends on x, and to the diagonal of its Jacobian, its diagonal blocks
+        or, for a dense solve, None; it is called at once, as what it depends on may be another thing at the time of the
+        backward pass.
     :returns: a tensor equal to the root; without gradients if the residual has none.
     :raises RootError: in the backward pass, if the Jacobian at the root is not finite.
     """
@@ -329,7 +352,8 @@ def _solve_transposed(f: Tensor, x: Tensor, diagonal: Tensor | None, gradient: T
     if diagonal is not None:
         finfo = torch.finfo(x.dtype)
         small = (finfo.eps ** (2 / 3) * _norm(gradient, None)).clamp_min(finfo.tiny)
-        v, last = gradient / diagonal, math.inf
+        diagonal = diagonal.mT if diagonal.dim() > gradient.dim() else diagonal
+        v, last = _divide(gradient, diagonal), math.inf
         for _ in range(100):
             rest = gradient - product(v)
             size = _norm(rest, None)
@@ -339,7 +363,7 @@ def _solve_transposed(f: Tensor, x: Tensor, diagonal: Tensor | None, gradient: T
             worst = float((size / small).max())
             if not worst < last:
                 break
-            v, last = v + rest / diagonal, worst
+            v, last = v + _divide(rest, diagonal), worst
     basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     dense = torch.stack([product(row.expand_as(x)) for row in basis], dim=-2)
     # A sample without a gradient, such as one that has not converged, may have a singular Jacobian.

@@ -24,6 +24,9 @@ class VectorField:
     """
 
     tensors: tuple[Tensor, ...] = ()
+    #: The number b of coordinates of a block, if the field gives the blocks of its Jacobian away by a method
+    #: ``with_blocks(t, x)``; see :class:`~pyro_hollow.nn.HollowField`.
+    block_dim = 1
     #: The module whose parameters an error of a solver may name, if known.
     network: nn.Module | None = None
 

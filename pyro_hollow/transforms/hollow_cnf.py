@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro.distributions import TransformModule
@@ -15,7 +15,7 @@ from pyro.distributions.util import copy_docs_from
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_hollow.nn import ConditionalHollowNN, Conditioner, HollowNN
+from pyro_hollow.nn import ConditionalHollowNN, Conditioner, HollowField, HollowNN
 from pyro_hollow.nn.arguments import closest_keywords
 from pyro_hollow.ode import Solver
 from pyro_hollow.ops.derivatives import alias_of
@@ -40,9 +40,10 @@ class Regularization(NamedTuple):
     along the path of each sample. As the Jacobian is split, only its hollow part needs an estimate.
 
     :ivar kinetic: the kinetic energy :math:`\int_0^T \|f\|^2 dt` with shape ``(*,)``.
-    :ivar diagonal: :math:`\int_0^T \sum_i (\partial f_i / \partial x_i)^2 dt` with shape ``(*,)``, exact.
+    :ivar diagonal: :math:`\int_0^T \sum_i (\partial f_i / \partial x_i)^2 dt` with shape ``(*,)``, exact. Of a network
+        with blocks of coordinates, the squared norm of the diagonal blocks.
     :ivar hollow: an unbiased estimate of :math:`\int_0^T \sum_{i, j \ne i} (\partial f_i / \partial x_j)^2 dt` with
-        shape ``(*,)``, by one random probe.
+        shape ``(*,)``, by one random probe. Of a network with blocks, for i and j in different blocks.
 
     References:
 
@@ -74,6 +75,7 @@ class _Regularized(VectorField):
 
     def __init__(self, field: VectorField, probe: Tensor) -> None:
         self.tensors = field.tensors
+        self.block_dim = field.block_dim
         self._field = field
         self._probe = probe
 
@@ -85,6 +87,21 @@ class _Regularized(VectorField):
         f, diagonal = self._field.dimwise_derivatives(t, x, 1)
         return f, diagonal
 
+    def with_blocks(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`HollowField.with_blocks`."""
+        f, blocks = cast(HollowField, self._field).with_blocks(t, x)
+        return f, blocks
+
+    def _with_exact_part(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The field, its divergence, the known entries of its Jacobian, and the product of the probe with them."""
+        if self.block_dim == 1:
+            f, diagonal = self.with_diagonal(t, x)
+            return f, diagonal.sum(-1), diagonal, diagonal * self._probe
+        f, blocks = self.with_blocks(t, x)
+        probe = self._probe.unflatten(-1, blocks.shape[-3:-1]).unsqueeze(-2)
+        divergence = blocks.diagonal(dim1=-2, dim2=-1).sum((-1, -2))
+        return f, divergence, blocks.flatten(-3), torch.matmul(probe, blocks).flatten(-3)
+
     def initial_state(self, x: Tensor) -> tuple[Tensor, ...]:
         """See :meth:`VectorField.initial_state`."""
         return *super().initial_state(x), x.new_zeros(*x.shape[:-1], 3)
@@ -95,12 +112,12 @@ class _Regularized(VectorField):
         create_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors))
         with torch.enable_grad():
             alias = alias_of(x)
-            f, diagonal = self.with_diagonal(t, alias)
+            f, divergence, known, own = self._with_exact_part(t, alias)
             (product,) = torch.autograd.grad(f, alias, self._probe, create_graph=create_graph, materialize_grads=True)
-            # Not by the path through h: the transformer may mix coordinates, too. One coordinate has no hollow part.
-            hollow = product - diagonal * self._probe if x.shape[-1] > 1 else torch.zeros_like(x)
-        costs = torch.stack([part.square().sum(-1) for part in (f, diagonal, hollow)], dim=-1)
-        derivative = f, diagonal.sum(-1), costs
+            # Not by the path through h: the transformer may mix coordinates, too. One block has no hollow part.
+            hollow = product - own if x.shape[-1] > self.block_dim else torch.zeros_like(x)
+        costs = torch.stack([part.square().sum(-1) for part in (f, known, hollow)], dim=-1)
+        derivative = f, divergence, costs
         return derivative if create_graph else tuple(part.detach() for part in derivative)
 
     def stepper(self, tableau: Tableau, state: tuple[Tensor, ...], compile: bool = False) -> tuple[Stepper, str]:
@@ -342,8 +359,9 @@ def hollow_cnf(
     :type cache_size: int
     :param regularize: True to integrate a penalty along; see :class:`~pyro_hollow.transforms.HollowCNF`
     :type regularize: bool
-    :param kwargs: transformer, transformer_dim, activation and max_rate of the network. The affine part of the closed
-        form has a max_rate of 4 over the end time, unless you say otherwise; None is for no bound
+    :param kwargs: transformer, transformer_dim, activation, max_rate and block_dim of the network; see
+        :class:`~pyro_hollow.nn.ConditionalHollowNN`. The affine part of the closed form has a max_rate of 4 over the
+        end time, unless you say otherwise; None is for no bound
     """
     network = HollowNN(input_dim, hidden_dims, conditioner=conditioner, **_with_max_rate(time, kwargs))
     return HollowCNF(network, solver=solver, time=time, cache_size=cache_size, regularize=regularize)
@@ -382,8 +400,9 @@ def conditional_hollow_cnf(
     :type cache_size: int
     :param regularize: True to integrate a penalty along; see :class:`~pyro_hollow.transforms.HollowCNF`
     :type regularize: bool
-    :param kwargs: transformer, transformer_dim, activation and max_rate of the network. The affine part of the closed
-        form has a max_rate of 4 over the end time, unless you say otherwise; None is for no bound
+    :param kwargs: transformer, transformer_dim, activation, max_rate and block_dim of the network; see
+        :class:`~pyro_hollow.nn.ConditionalHollowNN`. The affine part of the closed form has a max_rate of 4 over the
+        end time, unless you say otherwise; None is for no bound
     """
     if context_dim < 1:
         raise ValueError(f"context_dim must be at least 1, but got {context_dim}; hollow_cnf takes no context")

@@ -151,6 +151,17 @@ NETWORKS = {
         for layers, hidden_dims in LAYERS.items()
         for hubs, max_degree in {"no hubs": 2, "hubs": 1}.items()
     },
+    **{
+        f"blocks, {conditioner}, {activation}": network(
+            BY_HAND, [6, 5], conditioner=conditioner, activation=activation, block_dim=2, max_rate=2.0
+        )
+        for conditioner in ("grouped", "leave-one-out")
+        for activation in ACTIVATIONS
+    },
+    "blocks, any rate": network(BY_HAND, [6, 5], block_dim=2),
+    "blocks, transformer of a user": network(
+        ("autograd",), [5], transformer=lambda *_: nn.Linear(8, 2), transformer_dim=None, block_dim=2
+    ),
     "conditioner of a user, by hand": network(BY_HAND, conditioner=SineConditioner),
     "conditioner of a user": network(("autograd",), conditioner=PlainConditioner),
     "transformer of a user": network(
@@ -262,14 +273,14 @@ def assert_close(actual, expected, tolerance=1e-11):
 
 @every_pair
 def test_values_and_gradients(executor):
-    net, x = make_net(executor, 3, CONTEXT_DIM), torch.randn(4, 3)
+    net, x = make_net(executor, 4, CONTEXT_DIM), torch.randn(4, 4)
     context = torch.randn(4, CONTEXT_DIM, requires_grad=True)
     actual, expected = (results(who, SHORT, net, x, context) for who in (executor, TORCHDIFFEQ))
     # torch takes softplus for linear beyond 20, where its slope is 2e-9 from 1.
     assert_close(actual, expected, 1e-8)
     if not any(isinstance(module, PlainConditioner) for module in net.modules()):
         assert all(gradient.any() for gradient in actual[2:])
-    net = make_net(executor)
+    net = make_net(executor, 4)
     assert_close(*(results(who, SHORT, net, x, inverse=True) for who in (executor, TORCHDIFFEQ)), 1e-8)
 
 
@@ -811,11 +822,11 @@ def test_steps_leave_their_arguments_alone_and_are_the_same_twice(executor, meth
 @each_derived
 def test_gradients_of_steps(executor):
     """Sums of gradients over two steps, against those of steps that automatic differentiation records."""
-    net, x = make_net(executor, 3, CONTEXT_DIM), torch.randn(2, 3, 3)
+    net, x = make_net(executor, 4, CONTEXT_DIM), torch.randn(2, 3, 4)
     field = net.bind(torch.randn(3, CONTEXT_DIM, requires_grad=True))
     recorded = make_stepper(executor._replace(name="autograd"), field, "rk4", x)
-    bars = [(torch.randn(2, 3, 3), torch.randn(2, 3)) for _ in range(2)]
-    starts, total = [torch.randn(2, 3, 3).requires_grad_() for _ in range(2)], 0.0
+    bars = [(torch.randn(2, 3, 4), torch.randn(2, 3)) for _ in range(2)]
+    starts, total = [torch.randn(2, 3, 4).requires_grad_() for _ in range(2)], 0.0
     for start, (x_bar, q_bar), t in zip(starts, bars, (0.3, -1.2), strict=True):
         end = recorded.unpack(recorded.step(t, 0.4, recorded.pack((start, torch.zeros(2, 3))), None, None).end)
         total = total + (end[0] * x_bar).sum() + (end[1] * q_bar).sum()

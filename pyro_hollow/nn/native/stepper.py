@@ -290,6 +290,8 @@ def _check_support(conditioner: BoundConditioner, transformer: BoundTransformer)
     """
     if not isinstance(transformer, BoundClosedForm) or type(conditioner) not in _KINDS:
         raise Unsupported("there is compiled code for the conditioners by name and a closed-form transformer alone")
+    if transformer.block_dim > 1:
+        raise Unsupported(f"there is no compiled code for block_dim={transformer.block_dim}")
     units: Any = conditioner
     tensors = (*conditioner.tensors, *transformer.tensors)
     dtype, device = transformer.weight.dtype, transformer.weight.device
