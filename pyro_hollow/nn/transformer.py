@@ -9,7 +9,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -250,11 +250,6 @@ class BoundClosedForm(BoundTransformer):
     one batched matrix product. The activation's affine part is worked into the weights; see Activation.
     """
 
-    # Made once flattened. Rates are tensors because torch converts numbers to their type at every operation.
-    _transposed: tuple[Tensor, ...]
-    _least_rate: Tensor
-    _steepest: Tensor
-
     def __init__(self, net: ClosedFormTransformer, context: Tensor | None) -> None:
         s = net._activation
         # A tanh(r / A) = 2 A sigmoid(2 r / A) - A, which is many times cheaper; see Activation.
@@ -323,20 +318,30 @@ class BoundClosedForm(BoundTransformer):
         bound.offset = torch.cat([p, b + self.shift], dim=1)
         if self.block_dim > 1:
             bound.slopes = self.slopes.sum(1, keepdim=True)
-        bound._transposed = self.weight.mT, self.input_weight.mT, self.output_weight.mT, bound.slopes.mT
-        if self.max_rate is not None:
-            bound._least_rate, bound._steepest = p.new_tensor([[-self.max_rate], [0.5 * self.max_rate]])
         bound.tensors = (
             self.weight, self.time_weight, bound.offset, self.input_weight, self.output_weight, bound.slopes
         )  # fmt: skip
         return bound
+
+    # Made on demand, as the native executor does without. Rates are tensors because torch converts numbers to their
+    # type at every operation.
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, ...]:
+        return self.weight.mT, self.input_weight.mT, self.output_weight.mT, self.slopes.mT
+
+    @cached_property
+    def _least_and_steepest(self) -> Saved:
+        """Of the gate, whose slope is (A^2 - a^2) / 2A: -A and A / 2."""
+        rate = self.max_rate or 0.0
+        return self.weight.new_tensor([[-rate], [0.5 * rate]]).unbind()
 
     def evaluate(self, t: float, x: Tensor, h: Tensor, f: Tensor, divergence: Tensor) -> Saved:
         """See :meth:`BoundTransformer.evaluate`."""
         p = torch.baddbmm(torch.add(self.offset, self.time_weight, alpha=t), self.weight, h)
         p, a, b = p.split_with_sizes(self.sizes, 1)
         if self.max_rate is not None:
-            a = torch.add(self._least_rate, torch.sigmoid(a), alpha=2.0 * self.max_rate)
+            a = torch.add(self._least_and_steepest[0], torch.sigmoid(a), alpha=2.0 * self.max_rate)
         s = self.activation.derivatives(add_product(p, self.input_weight, x), 2)
         torch.baddbmm(_add_rates(b, a, x), self.output_weight, s[0], out=f)
         torch.sum(torch.baddbmm(_trace(a, self.block_dim), self.slopes, s[1]), dim=0, out=divergence)
@@ -352,8 +357,7 @@ class BoundClosedForm(BoundTransformer):
         z_bar.addcmul_(_product(output_weight, f_bar), slope)
         _rates_vjp(f_bar, x, divergence_bar, a_bar)
         if self.max_rate is not None:
-            # The slope of the gate is (A^2 - a^2) / 2A.
-            a_bar.mul_(torch.addcmul(self._steepest, a, a, value=-0.5 / self.max_rate))
+            a_bar.mul_(torch.addcmul(self._least_and_steepest[1], a, a, value=-0.5 / self.max_rate))
         b_bar.copy_(f_bar)
         x_bar = torch.baddbmm(_transposed_rates(a, f_bar), input_weight, z_bar)
         return x_bar, torch.bmm(weight, p_bar), (x, h, value, slope, p_bar, divergence_bar)
