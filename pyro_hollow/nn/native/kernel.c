@@ -235,9 +235,9 @@ static void add_products(
     multiply(sum, columns, sum, columns, left, 1, left_stride, right, columns, rows, columns, samples);
 }
 
-/* What a solve keeps of an evaluation for a block of samples: all columns of a unit of one array before the next. */
+/* What an evaluation keeps of a block of samples, one array after the other. */
 typedef struct {
-    REAL *units, *unit_slopes;        /* (layers, groups, samples, columns); the slopes where they do not follow */
+    REAL *units, *unit_slopes;        /* (layers, groups, samples, columns); slopes only where units do not tell them */
     REAL *features, *feature_slopes;  /* (d, samples, columns) */
     REAL *terms, *arguments, *rates;  /* the logistic function u, its argument z where needed, and a */
 } Saved;
@@ -285,7 +285,7 @@ static void pull_activation(REAL *bar, const REAL *h, const REAL *slopes, int64_
     }
 }
 
-/* What a block of samples needs besides. */
+/* A block of samples. */
 typedef struct {
     int64_t samples, begin;
     REAL t;
