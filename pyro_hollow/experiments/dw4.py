@@ -15,11 +15,12 @@ and that of the other 6 stays as it is.
 
 The field acts on blocks of two coordinates, the particles:
 
-    :math:`f_k = \sum_j (x_k - x_j) \, \phi(t, r_{kj}, r_{lm})`
+    :math:`f_k = \sum_j (x_k - x_j) \, \phi_{kj}, \qquad \phi_{kj} = \sum_l \phi(t, r_{kj}, r_{kl} + r_{jl}, |r_{kl} -
+    r_{jl}|)`
 
-where l and m are the two particles besides k and j. It has the symmetries of the energy, rotations, reflections and
-permutations, and leaves the mean alone. In terms of a hollow network, the conditioner passes the positions of the
-others on. The program also fits closed-form transformers, of blocks and of coordinates, which have no symmetries.
+where l are the other two particles. It has the symmetries of the energy, rotations, reflections and permutations, and
+leaves the mean alone. In terms of a hollow network, the conditioner passes the positions of the others on. The program
+also fits closed-form transformers, of blocks and of coordinates, which have no symmetries.
 
     python -m pyro_hollow.experiments.dw4
 
@@ -47,7 +48,7 @@ PARTICLES, BLOCK_DIM = 4, 2
 DIM = PARTICLES * BLOCK_DIM
 #: The spread of the particles around their mean, before the flow.
 SPREAD = 2.0
-SOLVER = Solver("rk4", options={"step_size": 0.2})
+SOLVER = Solver("rk4", options={"step_size": 0.25})
 LR = 5e-3
 KINDS = ("pairs", "blocks", "coordinates")
 EXACT = Solver("dopri5", rtol=1e-6, atol=1e-6)
@@ -98,15 +99,14 @@ class _Others(Conditioner):
 
 class _Pairs(Transformer):
     r"""
-    Forces between pairs, :math:`f_k = \sum_j (x_k - x_j) \, \phi(t, r_{kj}, r_{lm})`, with two layers for
-    :math:`\phi`.
+    Forces between pairs, :math:`f_k = \sum_j (x_k - x_j) \, \phi_{kj}`, with two layers for :math:`\phi`.
 
     :param int width: the width of the layers.
     """
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__(DIM, DIM - BLOCK_DIM, block_dim=BLOCK_DIM)
-        self.first = nn.Linear(3, width)
+        self.first = nn.Linear(4, width)
         self.second = nn.Linear(width, width)
         self.last = nn.Linear(width, 1, bias=False)
         nn.init.zeros_(self.last.weight)
@@ -122,35 +122,44 @@ class _BoundPairs(BoundTransformer):
     def __init__(self, net: _Pairs) -> None:
         self.net = net
         self.tensors = tuple(net.parameters())
+        #: For each of the three others the two others.
+        self.rest = torch.tensor([[1, 2], [2, 0], [0, 1]], device=net.last.weight.device)
 
-    def _size(self, t: Tensor, distance: Tensor, beyond: Tensor) -> tuple[Tensor, Tensor]:
-        """:math:`\\phi` and its derivative in the first distance, both with shape ``(*, k, j)``."""
-        time = t.view(*t.shape, 1, 1).to(distance.dtype).expand_as(distance)
-        first = torch.sigmoid(self.net.first(torch.stack([distance - 4.0, beyond - 4.0, time], -1)))
-        slope = (first - first**2) * self.net.first.weight[:, 0]
-        second = torch.sigmoid(self.net.second(first))
-        slope = (second - second**2) * (slope @ self.net.second.weight.mT)
-        return self.net.last(second).squeeze(-1), self.net.last(slope).squeeze(-1)
+    def _features(self, t: Tensor, apart: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """``(*, k, j, l, 4)`` for each triangle, and the derivatives in the position of k, ``(*, k, j, l, 2, 3)``."""
+        side = _norm(apart)
+        direction = (apart / side.unsqueeze(-1)).unsqueeze(-2)  # (*, k, j, 1, 2)
+        third, own = _norm(others.unsqueeze(-2) - others[..., self.rest, :]), side[..., self.rest]
+        toward = direction.squeeze(-2)[..., self.rest, :]
+        skew = (own - third).square().add(0.1).sqrt()
+        first = side.unsqueeze(-1).expand_as(own)
+        time = t.view(*t.shape, 1, 1, 1).to(own).expand_as(own)
+        tilt = 0.5 * toward, ((own - third) / skew).unsqueeze(-1) * toward
+        slopes = torch.stack([direction.expand_as(toward), *tilt], -1)
+        return torch.stack([first - 4.0, 0.5 * (own + third) - 4.0, skew, time], -1), slopes
 
-    def _forces(self, t: Tensor, x: Tensor, h: Tensor, order: int) -> tuple[Tensor, ...]:
-        """f and, for order 1, the diagonal of its Jacobian."""
+    def _forces(self, t: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """f and the diagonal of its Jacobian."""
         others = h.unflatten(-1, (PARTICLES - 1, BLOCK_DIM))
         apart = x.unflatten(-1, (PARTICLES, 1, BLOCK_DIM)) - others  # (*, k, j, 2)
-        distance = (apart.square().sum(-1) + 1e-6).sqrt()
-        # Between the two others besides j.
-        beyond = ((others.roll(-1, -2) - others.roll(1, -2)).square().sum(-1) + 1e-6).sqrt()
-        phi, slope = self._size(t, distance, beyond)
-        f = (apart * phi.unsqueeze(-1)).sum(-2).flatten(-2)
-        if order == 0:
-            return (f,)
-        diagonal = phi.unsqueeze(-1) + apart**2 * (slope / distance).unsqueeze(-1)
-        return f, diagonal.sum(-2).flatten(-2)
+        features, slopes = self._features(t, apart, others)
+        first = torch.sigmoid(self.net.first(features))
+        slopes = (first - first**2).unsqueeze(-2) * (slopes @ self.net.first.weight[:, :3].mT)
+        second = torch.sigmoid(self.net.second(first))
+        slopes = (second - second**2).unsqueeze(-2) * (slopes @ self.net.second.weight.mT)
+        phi = self.net.last(second.sum(-2))  # (*, k, j, 1)
+        slope = self.net.last(slopes.sum(-3)).squeeze(-1)  # (*, k, j, 2)
+        return (apart * phi).sum(-2).flatten(-2), (phi + apart * slope).sum(-2).flatten(-2)
 
     def derivatives(self, t: Tensor, x: Tensor, h: Tensor, order: int) -> tuple[Tensor, ...]:
         """See :meth:`BoundTransformer.derivatives`."""
         if order > 1:
-            return dimwise_derivatives(lambda x, h: self._forces(t, x, h, 0)[0], x, h, order, BLOCK_DIM)
-        return self._forces(t, x, h, order)
+            return dimwise_derivatives(lambda x, h: self._forces(t, x, h)[0], x, h, order, BLOCK_DIM)
+        return self._forces(t, x, h)[: order + 1]
+
+
+def _norm(x: Tensor) -> Tensor:
+    return (x.square().sum(-1) + 1e-6).sqrt()
 
 
 def make_flow(kind: str) -> HollowCNF:
@@ -207,13 +216,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(__file__, __doc__)
     parser.add_argument("--kind", choices=KINDS, default="pairs", help="the field (default: pairs)")
     parser.add_argument("--steps", type=positive, default=4000, help="steps (default: 4000)")
+    parser.add_argument("--samples", type=positive, default=10_000, help="samples of the result (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     flow = make_flow(options.kind)
     for _ in Progress(fit(flow, options.steps), desc=options.kind, total=options.steps):
         pass
-    weights = log_weights(flow, 10_000).double()
+    weights = log_weights(flow, options.samples).double()
     evidence = float(weights.logsumexp(0)) - math.log(len(weights))
     ess = math.exp(2 * float(weights.logsumexp(0)) - float((2 * weights).logsumexp(0))) / len(weights)
     print(f"{options.kind}: ESS {100 * ess:.1f} %, log Z {evidence:.3f}, ELBO {float(weights.mean()):.3f}")

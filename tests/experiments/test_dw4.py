@@ -73,5 +73,5 @@ def test_log_weights(kind):
 
 
 def test_program(capsys):
-    dw4.main(["--steps", "2", "--kind", "pairs"])
+    dw4.main(["--steps", "2", "--kind", "pairs", "--samples", "20"])
     assert "ESS" in capsys.readouterr().out
