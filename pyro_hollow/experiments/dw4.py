@@ -49,7 +49,7 @@ DIM = PARTICLES * BLOCK_DIM
 #: The spread of the particles around their mean, before the flow.
 SPREAD = 2.0
 SOLVER = Solver("rk4", options={"step_size": 0.25})
-LR = 5e-3
+LR = 1.5e-2
 KINDS = ("pairs", "blocks", "coordinates")
 EXACT = Solver("dopri5", rtol=1e-6, atol=1e-6)
 
