@@ -104,7 +104,14 @@ def test_speed_of_whole_solves():
     for field, size, _, milliseconds, evaluations, ratio, others, hollow, native in rows:
         assert size in ("2, 4", "3, 2") and min(map(float, (milliseconds, ratio))) > 0
         assert min(int(evaluations), int(others)) >= 7
-        assert (hollow == "-") == (field == "| free-form") and (native == "- |" or field == "| grouped")
+        assert (hollow == "-") == (field == "| free-form") and (native == "- |" or hollow != "-")
+
+
+@pytest.mark.skipif(not speed.can_compile("cpu"), reason="needs a C compiler")
+def test_arithmetic():
+    rows = [row.strip("| ").split(" | ") for row in speed.arithmetic([2, 3], batch=4, repeats=1)[2:]]
+    assert [row[:2] for row in rows] == [[kind, d] for kind in list(speed.FIELDS)[:-1] for d in "23"]
+    assert all(0 <= float(cell.split("(")[1][:-1]) < 10 for row in rows for cell in row[3:])
 
 
 def test_a_step_by_torchdiffeq_leaves_the_gradients_of_our_steps():
