@@ -36,9 +36,9 @@ Sums = tuple[list[Tensor], list[Tensor]]
 #: Of the transformer and of the conditioner.
 Operands = list[Saved]
 
-#: The largest batch for which the gradients of the weights are taken for all stages of a step at a time. Beyond it,
-#: joining the stages costs more than it saves.
-_JOINED = 48
+#: The largest size of a packed state for which the gradients of the weights are taken for all stages of a step at a
+#: time. Beyond it, joining the stages costs more than it saves.
+_JOINED = 512
 
 _zeros = partial(torch.zeros_like, memory_format=torch.contiguous_format)
 _side_by_side = partial(torch.cat, dim=-1)
@@ -152,7 +152,7 @@ class HollowStepper(DifferentiatedStepper):
             bar, *found = self._vjp(saved[i * size : (i + 1) * size], f_bar, divergence_bars[i])
             rest[i].copy_(bar)
             operands.insert(0, found)
-            if y_bar.shape[1] > _JOINED:
+            if y_bar.numel() > _JOINED:
                 self._accumulate(times[i : i + 1], operands, sums)
                 operands = []
         self._accumulate(times, operands, sums)
