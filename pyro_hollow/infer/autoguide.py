@@ -135,8 +135,9 @@ class AutoHollowCNF(AutoContinuous):
         parameters of the model and of other guides would get a biased gradient, what ``svi.step`` returns is not the
         negative ELBO, and samples for other purposes are to be drawn without gradients or after ``guide.eval()``.
     :param bool compile: solve in compiled code where there is some, as ``Solver(compile=True)``. With 32 particles on
-        two cores a step takes 0.5 to 0.6 of the time for 10 latents, and hardly less for 40, where it ends
-        (``python -m pyro_hollow.experiments.speed --table solves svi``). The first call compiles, which takes a second.
+        one core a step takes 0.6 of the time, for 10 latents as for 100
+        (``python -m pyro_hollow.experiments.speed --table svi``). The first call compiles, which takes some seconds
+        once on a machine.
     :param create_plates: as for :class:`~pyro.infer.autoguide.AutoNormal`, for models that subsample their data.
     :param kwargs: further arguments of :func:`~pyro_hollow.transforms.hollow_cnf`. The conditioner defaults to
         "grouped" up to 256 latents, and to "leave-one-out" beyond; with "graph" the first call finds the graph of the
