@@ -146,10 +146,11 @@ NETWORKS = {
     "wide": network(ALL, [9, 3, 17], transformer_dim=19),
     "one unit": network(ALL, [8], transformer_dim=1),
     **{
-        f"graph, {activation}, {layers}, {hubs}": on_a_graph(hidden_dims, max_degree, activation=activation)
+        f"graph, {activation}, {layers}, {hubs}": on_a_graph(
+            LAYERS[layers], 1 if hubs == "hubs" else 2, activation=activation
+        )
         for activation in ACTIVATIONS
-        for layers, hidden_dims in LAYERS.items()
-        for hubs, max_degree in {"no hubs": 2, "hubs": 1}.items()
+        for layers, hubs in (("1 layer", "no hubs"), ("2 layers", "hubs"), ("3 layers", "no hubs"))
     },
     **{
         f"blocks, {conditioner}, {activation}": network(
