@@ -332,7 +332,7 @@ class BoundClosedForm(BoundTransformer):
 
     @cached_property
     def _least_and_steepest(self) -> Saved:
-        """Of the gate, whose slope is (A^2 - a^2) / 2A: -A and A / 2."""
+        """-A and A / 2: the least rate of the gate, and its largest slope, the slope being (A^2 - a^2) / 2A."""
         rate = self.max_rate or 0.0
         return self.weight.new_tensor([[-rate], [0.5 * rate]]).unbind()
 

@@ -117,7 +117,7 @@ class Packed:
         return self._like.new_zeros(self._layout.size)
 
     def addresses(self, sums: Tensor) -> Any:
-        """Those of the tensors' sums."""
+        """The addresses of the tensors in sums."""
         first, size = sums.data_ptr(), sums.element_size()
         return (_POINTER * len(self._shapes))(*[first + size * begin for begin in self._layout.begins])
 

@@ -231,7 +231,7 @@ class NativeStepper(HollowStepper):
         return Step(end, (states, *known, *later), (slopes[0], known), last, math.sqrt(square))
 
     def _addresses(self, first: Tensor, later: Tensor) -> Any:
-        """Those of what the first evaluation of a step keeps, and the later ones."""
+        """The addresses of what the first evaluation of a step keeps, and the later ones."""
         begin, size = later.data_ptr(), self._size * later.element_size()
         return (_POINTER * (1 + len(later)))(first.data_ptr(), *[begin + k * size for k in range(len(later))])
 
