@@ -8,9 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 
-from pyro_hollow.ops.arguments import closest_keywords
-
-__all__ = ["check_block_dim", "check_widths", "closest_keywords"]
+__all__ = ["check_block_dim", "check_integer", "check_widths"]
 
 
 def check_widths(hidden_dims: Iterable[int], least: int = 1, of: str = "") -> list[int]:
@@ -36,6 +34,18 @@ def check_widths(hidden_dims: Iterable[int], least: int = 1, of: str = "") -> li
     return widths
 
 
+def check_integer(name: str, value: int) -> int:
+    """
+    Checks an integer, of any type that stands for one.
+
+    :raises TypeError: for anything else.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, but got {value!r}") from error
+
+
 def check_block_dim(block_dim: int, input_dim: int) -> int:
     """
     Checks the number of coordinates of a block.
@@ -43,10 +53,7 @@ def check_block_dim(block_dim: int, input_dim: int) -> int:
     :raises TypeError: for anything but an integer.
     :raises ValueError: for one below 1 and one that does not divide ``input_dim``.
     """
-    try:
-        size = operator.index(block_dim)
-    except TypeError as error:
-        raise TypeError(f"block_dim must be an integer, but got {block_dim!r}") from error
+    size = check_integer("block_dim", block_dim)
     if size < 1 or input_dim % size:
         raise ValueError(f"block_dim must be at least 1 and divide input_dim = {input_dim}, but got {size}")
     return size

@@ -13,10 +13,11 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from pyro_hollow.ops.arguments import closest_keywords
 from pyro_hollow.ops.stepper import Unsupported
 
 from .activations import Activation, get_activation
-from .arguments import check_block_dim, check_widths, closest_keywords
+from .arguments import check_block_dim, check_widths
 from .layout import (
     add_offset,
     add_product,

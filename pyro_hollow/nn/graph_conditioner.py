@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_hollow.ops.arguments import closest_keywords
+
 from .activations import get_activation
-from .arguments import check_widths, closest_keywords
+from .arguments import check_integer, check_widths
 from .conditioner import BoundConditioner, Conditioner, Saved, _from_columns, _Layers, _Offset, _uniform
 from .layout import add_offset, columns, flatten_offset, flatten_time, offset_at
 
@@ -224,10 +225,7 @@ class BoundGraph(BoundConditioner):
 
 
 def _integer(name: str, value: int, least: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be an integer, but got {value!r}") from error
+    value = check_integer(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, but got {value}")
     return value

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pyro_hollow.ops.arguments import closest_keywords
 from pyro_hollow.ops.stepper import Stepper, Tableau, Unsupported
 from pyro_hollow.ops.vector_field import VectorField
 
 from .activations import ACTIVATIONS
-from .arguments import check_block_dim, closest_keywords
+from .arguments import check_block_dim
 from .conditioner import CONDITIONERS, BoundConditioner, Conditioner
 from .graph_conditioner import GraphConditioner
 from .hollow_stepper import HollowStepper

@@ -13,9 +13,9 @@ from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
-from pyro_hollow.nn.arguments import closest_keywords
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.ode.monitor import ADVICE, blame_parameters
+from pyro_hollow.ops.arguments import closest_keywords
 from pyro_hollow.ops.stepper import is_batched
 from pyro_hollow.ops.vector_field import VectorField
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from pyro_hollow.nn.arguments import check_widths, closest_keywords
+from pyro_hollow.nn.arguments import check_widths
 from pyro_hollow.ode import Solver
+from pyro_hollow.ops.arguments import closest_keywords
 from pyro_hollow.ops.derivatives import alias_of
 from pyro_hollow.ops.vector_field import VectorField
 

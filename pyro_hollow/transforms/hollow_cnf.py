@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_hollow.nn import ConditionalHollowNN, Conditioner, HollowField, HollowNN
-from pyro_hollow.nn.arguments import closest_keywords
 from pyro_hollow.ode import Solver
+from pyro_hollow.ops.arguments import closest_keywords
 from pyro_hollow.ops.derivatives import alias_of
 from pyro_hollow.ops.stepper import Stepper, Tableau
 from pyro_hollow.ops.vector_field import VectorField
