@@ -33,15 +33,17 @@ Equivariant Flows: Exact Likelihood Generative Learning for Symmetric Densities.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_hollow.experiments.harness import Parser, Progress, minimise, positive
+from pyro_hollow.experiments.harness import Parser, minimise, positive
 from pyro_hollow.nn import BoundTransformer, Conditioner, HollowNN, Transformer
 from pyro_hollow.ode import Solver
 from pyro_hollow.ops import dimwise_derivatives
+from pyro_hollow.train import Training
 from pyro_hollow.transforms import HollowCNF, hollow_cnf
 
 PARTICLES, BLOCK_DIM = 4, 2
@@ -187,7 +189,7 @@ def log_weights(flow: HollowCNF, n: int) -> Tensor:
         flow.solver = solver
 
 
-def fit(flow: HollowCNF, steps: int, n: int = 128, lr: float = LR) -> Iterator[Tensor]:
+def fit(flow: HollowCNF, steps: int, n: int = 128, lr: float = LR, **kwargs: Any) -> Training:
     """
     Fits a flow by the KL divergence from it to the density.
 
@@ -195,7 +197,8 @@ def fit(flow: HollowCNF, steps: int, n: int = 128, lr: float = LR) -> Iterator[T
     :param int steps: the number of steps of Adam.
     :param int n: the number of samples of a step.
     :param float lr: the learning rate at the first step.
-    :returns: an iterator with the loss before each step, up to a constant.
+    :param kwargs: for :func:`~pyro_hollow.train.train`.
+    :returns: the course of the training, whose losses are up to a constant.
     """
 
     def loss() -> Tensor:
@@ -208,7 +211,7 @@ def fit(flow: HollowCNF, steps: int, n: int = 128, lr: float = LR) -> Iterator[T
         surrogate = (force * y).sum(-1)
         return (log_prob - ladj - log_density(data.detach()) - surrogate + surrogate.detach()).mean()
 
-    return minimise(loss, flow.parameters(), steps, lr)
+    return minimise(loss, flow.parameters(), num_steps=steps, lr=lr, **kwargs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -221,8 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     flow = make_flow(options.kind)
-    for _ in Progress(fit(flow, options.steps), desc=options.kind, total=options.steps):
-        pass
+    fit(flow, options.steps, progress=options.kind)
     weights = log_weights(flow, options.samples).double()
     evidence = float(weights.logsumexp(0)) - math.log(len(weights))
     ess = math.exp(2 * float(weights.logsumexp(0)) - float((2 * weights).logsumexp(0))) / len(weights)

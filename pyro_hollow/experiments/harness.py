@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -28,8 +29,9 @@ from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+
+from pyro_hollow.train import train
+from pyro_hollow.train.progress import Progress
 
 R = TypeVar("R")
 
@@ -246,38 +248,8 @@ def figure(
         plt.close(whole)
 
 
-def minimise(
-    loss: Callable[[], Tensor], parameters: Iterable[Tensor], steps: int, lr: float, *, cosine: bool = True,
-    max_norm: float = 10.0,
-) -> Iterator[Tensor]:  # fmt: skip
-    """
-    Minimises a loss by Adam.
-
-    :param loss: returns the loss, a scalar.
-    :param parameters: tensors that require a gradient.
-    :param int steps: the number of steps.
-    :param float lr: the learning rate at the first step.
-    :param bool cosine: let the learning rate fall to 0 along half a cosine, instead of keeping it.
-    :param float max_norm: the norm to which gradients are clipped; infinite not to clip.
-    :returns: an iterator with the loss before each step, which is taken when the next loss is asked for.
-    :raises RuntimeError: if a gradient is not finite.
-    """
-    parameters = list(parameters)
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
-
-    def iterate() -> Iterator[Tensor]:
-        for _ in range(steps):
-            value = loss()
-            yield value.detach()
-            optimizer.zero_grad()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
-
-    return iterate()  # whatever prepares the optimizer is done before the first step
+#: Trains along half a cosine; a step without finite loss and gradient raises an ArithmeticError.
+minimise = partial(train, schedule="cosine", ramp=0, max_restarts=None)
 
 
 def interleaved(
@@ -303,34 +275,6 @@ def interleaved(
             if turn:
                 times[name].append(clock() - begin)
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-
-
-#: Seconds between two lines of a bar that is not shown in a terminal.
-LINE_INTERVAL = 60.0
-
-
-class Progress(tqdm):
-    """
-    A progress bar that vanishes when it ends. Where its stream is not a terminal, it writes a line at most every
-    :data:`LINE_INTERVAL` seconds, none in less time than that: a file has no use for a bar that is redrawn.
-
-    :param args: as of :class:`tqdm.tqdm`.
-    :param kwargs: as of :class:`tqdm.tqdm`, whose ``leave`` is False here and whose ``mininterval`` is 1 s.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._next_line = time.monotonic() + LINE_INTERVAL
-        super().__init__(*args, **{"leave": False, "mininterval": 1.0, **kwargs})
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Redraws the bar in a terminal, or writes a line if the last one is old enough."""
-        if self.fp.isatty():
-            return super().display(msg, pos)
-        if msg is None and time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + LINE_INTERVAL
-            self.fp.write(f"{self}\n")
-            self.fp.flush()
-        return False  # there is nothing to remove when the bar ends
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,6 @@ The picture of the README: how the Jacobian of a hollow network splits, and a Ho
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_hollow.experiments.defaults import bent, ring
-from pyro_hollow.experiments.harness import Parser, Progress, minimise, positive, pyplot
+from pyro_hollow.experiments.harness import Parser, minimise, positive, pyplot
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ops import jacobian
 from pyro_hollow.transforms import HollowCNF
@@ -39,9 +38,7 @@ def train(log_density: Callable[[Tensor], Tensor], dim: int, steps: int) -> Holl
         y, ladj = flow.call_and_ladj(WIDTH * torch.randn(256, dim))
         return -(log_density(y) + ladj).mean()
 
-    training = minimise(loss, flow.parameters(), steps, 1e-2, max_norm=math.inf)
-    for _ in Progress(training, desc=log_density.__name__, total=steps):
-        pass
+    minimise(loss, flow.parameters(), num_steps=steps, clip_norm=None, progress=log_density.__name__)
     return net
 
 

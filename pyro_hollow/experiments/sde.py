@@ -174,9 +174,7 @@ def fit_transitions(times: Tensor, sde: DiagonalSDE, z: Tensor, config: Config) 
         mean, scale = start + h * bound.drift(times[k], start), h.sqrt() * bound.diffusion(times[k], start)
         return (0.5 * ((z[k + 1, path] - mean) / scale).square() + scale.log()).sum(-1).mean()
 
-    steps = harness.minimise(loss, sde.parameters(), config.steps, LEARNING_RATE)
-    for _ in harness.Progress(steps, desc=_label(config), total=config.steps):
-        pass
+    harness.minimise(loss, sde.parameters(), num_steps=config.steps, lr=LEARNING_RATE, progress=_label(config))
 
 
 def _label(config: Config) -> str:

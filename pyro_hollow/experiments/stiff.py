@@ -21,10 +21,10 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from pyro_hollow.experiments import harness
-from pyro_hollow.experiments.stiff_problems import PROBLEMS, Problem, follow_stiff_field, linear, load
+from pyro_hollow.experiments.stiff_problems import PROBLEMS, Problem, error_of_stiff_field, linear, load
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ode import Solver, SolverError
 from pyro_hollow.transforms import HollowCNF
@@ -297,15 +297,15 @@ def narrow_modes(size: int, d: int) -> Tensor:
     return corners + widths * torch.randn(size, d, dtype=torch.float64)
 
 
-def maximise_likelihood(flow: HollowCNF, steps: int) -> Iterator[float]:
-    """Trains a flow in double precision on :func:`narrow_modes`; returns the loss before each step."""
+def likelihood_of_modes(flow: HollowCNF) -> Callable[[], Tensor]:
+    """The objective of a flow in double precision that is fitted to :func:`narrow_modes`."""
     d = flow.nn.input_dim
 
     def loss() -> Tensor:
         x, ladj = flow.inv.call_and_ladj(narrow_modes(128, d))
         return (x.square().sum(-1) / 2 - ladj).mean() + d / 2 * math.log(2 * math.pi)
 
-    return map(float, harness.minimise(loss, flow.parameters(), steps, 1e-2, cosine=False))
+    return loss
 
 
 def train(kind: str, steps: int, solvers: Sequence[str], tolerance: float) -> Training:
@@ -317,15 +317,22 @@ def train(kind: str, steps: int, solvers: Sequence[str], tolerance: float) -> Tr
     d = 4 if kind == "likelihood" else 8
     flow = HollowCNF(HollowNN(d, [16]).double(), solver=Solver(rtol=1e-4, atol=1e-4), cache_size=0)
     test, found = torch.randn(64, d, dtype=torch.float64), Training(kind)
-    losses = maximise_likelihood(flow, steps) if kind == "likelihood" else follow_stiff_field(flow.nn, steps)
-    for step, loss in enumerate(harness.Progress(losses, desc=kind, total=steps)):
+    likelihood = kind == "likelihood"
+    loss, counter = likelihood_of_modes(flow) if likelihood else error_of_stiff_field(flow.nn), count()
+
+    def objective() -> Tensor:
+        value, step = loss(), next(counter)
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             found.steps.append(step)
-            found.losses.append(loss)
+            found.losses.append((value if likelihood else value.sqrt()).item())
             for name in solvers:
                 nfe, fallbacks = _measure(flow, name, tolerance, test)
                 found.evaluations.setdefault(name, []).append(nfe)
                 found.fallbacks.setdefault(name, []).append(fallbacks)
+        return value
+
+    settings: dict[str, Any] = {"schedule": "constant"} if likelihood else {"lr": 0.1, "clip_norm": None}
+    harness.minimise(objective, flow.parameters(), num_steps=steps, progress=kind, **settings)
     return found
 
 

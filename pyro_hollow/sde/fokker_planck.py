@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_hollow.nn.standardization import check_finite, location_and_scale
+from pyro_hollow.train import train
 
 from .densities import DensityDerivatives, LogDensity, TimeDensity, log_density_derivatives
 from .diagonal_sde import BoundSDE, DiagonalSDE, _Constant
@@ -278,8 +279,8 @@ def fit(
 ) -> None:
     """
     Trains by Adam on random batches, with clipped gradients and a learning rate that falls along half a cosine, in
-    standard units. To train otherwise, call ``matching.standardize(t, x)`` and minimise the objective's ``total`` with
-    an optimiser of your own.
+    standard units. To train otherwise, call ``matching.standardize(t, x)`` and minimise the objective's ``total`` by
+    :func:`~pyro_hollow.train.train` or a loop of your own.
 
     :param matching: the objective, whose density and equation are trained.
     :param Tensor t: the times of the samples, with shape ``(n,)``.
@@ -301,21 +302,26 @@ def fit(
     _check_finite(t, x)
     if standardize:
         matching.standardize(t, x)
-    optimizer = torch.optim.Adam(matching.parameters(), lr=lr, foreach=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    latest: list[MatchingLoss] = []
+
+    def objective() -> Tensor:
+        index = torch.randint(len(x), (batch_size,), device=x.device)
+        loss = matching(t[index], x[index])
+        latest[:] = [MatchingLoss(*(value.detach() for value in loss))]
+        return loss.total
+
     with _constant_in_units(matching.sde.diffusion, t, x) if standardize else nullcontext():
-        for step in range(1, steps + 1):
-            index = torch.randint(len(x), (batch_size,), device=x.device)
-            loss = matching(t[index], x[index])
-            _stop_unless_finite("loss", loss.total, step, lr)
-            optimizer.zero_grad()
-            loss.total.backward()
-            norm = torch.nn.utils.clip_grad_norm_(matching.parameters(), 10.0)
-            _stop_unless_finite("norm of the gradient", norm, step, lr)
-            optimizer.step()
-            schedule.step()
-            if progress is not None:
-                progress(step, MatchingLoss(*(value.detach() for value in loss)))
+        train(
+            objective,
+            matching.parameters(),
+            num_steps=steps,
+            lr=lr,
+            schedule="cosine",
+            ramp=0,
+            max_restarts=None,
+            callback=None if progress is None else lambda step, _: progress(step, latest[0]),
+            progress=False,
+        )
 
 
 def _constant_in_units(diffusion: Any, t: Tensor, x: Tensor) -> AbstractContextManager[None]:
@@ -325,11 +331,3 @@ def _constant_in_units(diffusion: Any, t: Tensor, x: Tensor) -> AbstractContextM
     scale = location_and_scale("x", x, allow_constant=True)[1]
     span = float(t.max() - t.min()) or 1.0
     return diffusion.in_units(scale / math.sqrt(span))
-
-
-def _stop_unless_finite(name: str, value: Tensor, step: int, lr: float) -> None:
-    if not math.isfinite(number := value.item()):
-        raise ArithmeticError(
-            f"the {name} is {number} in step {step}; a smaller lr than {lr} may help, or from the first step on a "
-            "diffusion or a drift of smaller size. The step has changed no parameter"
-        )

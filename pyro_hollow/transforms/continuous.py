@@ -104,6 +104,17 @@ class ConditionedCNF(_HasSolver, CachedTransform):
         """Statistics of the latest solve; None before the first."""
         return self._record.last
 
+    def velocity(self, t: Tensor, x: Tensor) -> Tensor:
+        """
+        The vector field, without solving anything.
+
+        :param Tensor t: time between 0 and T, a scalar, or one per sample with shape ``(*,)``.
+        :param Tensor x: the state with shape ``(*, d)``.
+        :returns: :math:`f(t, x)` with shape ``(*, d)``.
+        """
+        self._check(x)
+        return self._bind()(t, x)
+
     @breaks_graph
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""

@@ -441,6 +441,10 @@ class ConditionedFreeFormCNF(ConditionedCNF):
         _check_choice("probe", self.probe, PROBES)
         return _FreeFormField(self.nn, self.context, self.divergence, self.probe, self.solver.adjoint)
 
+    def velocity(self, t: Tensor, x: Tensor) -> Tensor:
+        """See :meth:`ConditionedCNF.velocity`."""
+        return super().velocity(t.unsqueeze(-1) if t.dim() else t, x)  # dense layers broadcast it against x
+
     def _settings(self) -> tuple[Any, ...]:
         return *super()._settings(), self.divergence, self.probe
 
