@@ -17,6 +17,17 @@ posterior_database/reference_posteriors/draws/draws/MODEL.json.zip: an array per
     arK.json               arK-arK.reference_draws.npz
     garch.json             garch-garch11.reference_draws.npz
     kidiq.json             kidiq-kidscore_interaction.reference_draws.npz
+
+More posteriors need::
+
+    mesquite.json             mesquite-logmesquite.reference_draws.npz
+    kilpisjarvi_mod.json      kilpisjarvi_mod-kilpisjarvi.reference_draws.npz
+    earnings.json             earnings-logearn_interaction.reference_draws.npz
+    nes2000.json              nes2000-nes.reference_draws.npz
+    sblri.json                sblri-blr.reference_draws.npz
+    gp_pois_regr.json         gp_pois_regr-gp_regr.reference_draws.npz
+    bball_drive_event_0.json  bball_drive_event_0-hmm_drive_0.reference_draws.npz
+    hudson_lynx_hare.json     hudson_lynx_hare-lotka_volterra.reference_draws.npz
 """
 
 from __future__ import annotations
@@ -41,6 +52,7 @@ from pyro_hollow.experiments import defaults
 from pyro_hollow.experiments.data import DataError
 
 NUM_DRAWS = 10_000
+SUBSTEPS = 2  #: Runge-Kutta steps per year of the Lotka-Volterra equations.
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Posterior:
     Quantities are the scalars that are compared, named as in Stan: "tau", "theta[1]".
     """
 
-    name: str  #: a name in :data:`POSTERIORS`.
+    name: str  #: a name in :data:`POSTERIORS` or :data:`MORE_POSTERIORS`.
     title: str  #: the name in tables and figures.
     shape: str  #: "curved" or "nearly Gaussian".
     model: Callable[[], Any]  #: the Pyro model; its particles can be vectorised, and autoguides can sample from it.
@@ -69,14 +81,14 @@ def load(name: str, data_dir: str | Path | None = None) -> Posterior:
     """
     Makes a posterior; its tensors are of the default dtype.
 
-    :param str name: a name in :data:`POSTERIORS`.
-    :param data_dir: the folder with a folder "posteriordb" that has the files named above. "ark", "garch" and
-        "kidscore" need it; "eight_schools" has no reference draws without it.
+    :param str name: a name in :data:`POSTERIORS` or :data:`MORE_POSTERIORS`.
+    :param data_dir: the folder with a folder "posteriordb" that has the files named above. "ark", "garch", "kidscore"
+        and :data:`MORE_POSTERIORS` need it; "eight_schools" has no reference draws without it.
     :raises ValueError: for an unknown name.
     :raises DataError: for files that are missing or cannot be read.
     """
     if name not in _LOADERS:
-        raise ValueError(f"name must be one of {POSTERIORS}, but got {name!r}")
+        raise ValueError(f"name must be one of {(*POSTERIORS, *MORE_POSTERIORS)}, but got {name!r}")
     return _LOADERS[name](None if data_dir is None else Path(data_dir))
 
 
@@ -93,6 +105,11 @@ def _rename(sites: dict[str, tuple[str, ...]], samples: dict[str, Tensor]) -> di
 def _flat(size: int) -> dist.TorchDistribution:
     """The constant density on real vectors; unlike ImproperUniform it has samples, from which autoguides start."""
     return dist.Normal(0.0, 1.0).expand([size]).to_event(1).mask(False)
+
+
+def _flat_positive(*shape: int) -> dist.TorchDistribution:
+    """The constant density on positive numbers, or on vectors of them."""
+    return dist.LogNormal(0.0, 1.0).expand(shape).to_event(len(shape)).mask(False)
 
 
 def _funnel_model() -> None:
@@ -215,7 +232,7 @@ def _garch_model(y: Tensor, sigma1: Tensor) -> None:
     fraction beta1 / (1 - alpha1), whose density is that of beta1 times d beta1 / d fraction = 1 - alpha1.
     """
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0).mask(False))
-    alpha0 = pyro.sample("alpha0", dist.LogNormal(0.0, 1.0).mask(False))
+    alpha0 = pyro.sample("alpha0", _flat_positive())
     alpha1 = pyro.sample("alpha1", dist.Uniform(0.0, 1.0))
     fraction = pyro.sample("fraction", dist.Uniform(0.0, 1.0))
     pyro.factor("jacobian", torch.log1p(-alpha1))
@@ -240,19 +257,188 @@ def _garch(data_dir: Path | None) -> Posterior:
     )  # fmt: skip
 
 
-def _kidscore_model(score: Tensor, design: Tensor) -> None:
-    beta = pyro.sample("beta", _flat(4))
-    sigma = pyro.sample("sigma", dist.HalfCauchy(2.5))
-    pyro.sample("kid_score", dist.Normal(beta @ design.T, sigma.unsqueeze(-1)).to_event(1), obs=score)
+def _regression_model(y: Tensor, design: Tensor, beta: dist.TorchDistribution, sigma: dist.TorchDistribution) -> None:
+    """Linear regression, given the priors of the coefficients and of the standard deviation."""
+    beta = pyro.sample("beta", beta)
+    sigma = pyro.sample("sigma", sigma)
+    pyro.sample("y", dist.Normal(beta @ design.T, sigma.unsqueeze(-1)).to_event(1), obs=y)
 
 
 def _kidscore(data_dir: Path | None) -> Posterior:
     score, hs, iq = _read_data(data_dir, "kidiq", "kid_score", "mom_hs", "mom_iq")
     design = torch.stack([torch.ones_like(hs), hs, iq, hs * iq], dim=-1)
     return Posterior(
-        "kidscore", "kid scores with interaction (5-d)", "nearly Gaussian", partial(_kidscore_model, score, design),
+        "kidscore", "kid scores with interaction (5-d)", "nearly Gaussian",
+        partial(_regression_model, score, design, _flat(4), dist.HalfCauchy(2.5)),
         partial(_rename, {"beta": _names("beta", 4), "sigma": ("sigma",)}), ("beta[1]", "beta[3]"),
         reference=_read_draws(data_dir, "kidiq-kidscore_interaction"),
+    )  # fmt: skip
+
+
+def _mesquite(data_dir: Path | None) -> Posterior:
+    names = ("weight", "diam1", "diam2", "canopy_height", "total_height", "density", "group")
+    weight, *sizes, group = _read_data(data_dir, "mesquite", *names)
+    design = torch.stack([torch.ones_like(group), *(size.log() for size in sizes), group], dim=-1)
+    return Posterior(
+        "mesquite", "mesquite bushes (8-d)", "nearly Gaussian",
+        partial(_regression_model, weight.log(), design, _flat(7), _flat_positive()),
+        partial(_rename, {"beta": _names("beta", 7), "sigma": ("sigma",)}), ("beta[2]", "beta[4]"),
+        reference=_read_draws(data_dir, "mesquite-logmesquite"),
+    )  # fmt: skip
+
+
+def _kilpisjarvi(data_dir: Path | None) -> Posterior:
+    """The sites of Stan's alpha and beta are the two coordinates of "beta"."""
+    x, y, *prior = _read_data(data_dir, "kilpisjarvi_mod", "x", "y", "pmualpha", "pmubeta", "psalpha", "psbeta")
+    design = torch.stack([torch.ones_like(x), x], dim=-1)
+    beta = dist.Normal(torch.stack(prior[:2]), torch.stack(prior[2:])).to_event(1)
+    return Posterior(
+        "kilpisjarvi", "summers of Kilpisjärvi (3-d)", "nearly Gaussian",
+        partial(_regression_model, y, design, beta, _flat_positive()),
+        partial(_rename, {"beta": ("alpha", "beta"), "sigma": ("sigma",)}), ("alpha", "beta"),
+        reference=_read_draws(data_dir, "kilpisjarvi_mod-kilpisjarvi"),
+    )  # fmt: skip
+
+
+def _earnings(data_dir: Path | None) -> Posterior:
+    earn, height, male = _read_data(data_dir, "earnings", "earn", "height", "male")
+    design = torch.stack([torch.ones_like(height), height, male, height * male], dim=-1)
+    return Posterior(
+        "earnings", "earnings with interaction (5-d)", "nearly Gaussian",
+        partial(_regression_model, earn.log(), design, _flat(4), _flat_positive()),
+        partial(_rename, {"beta": _names("beta", 4), "sigma": ("sigma",)}), ("beta[1]", "beta[3]"),
+        reference=_read_draws(data_dir, "earnings-logearn_interaction"),
+    )  # fmt: skip
+
+
+def _nes(data_dir: Path | None) -> Posterior:
+    names = ("partyid7", "real_ideo", "race_adj", "educ1", "gender", "income", "age_discrete")
+    party, ideology, race, education, gender, income, age = _read_data(data_dir, "nes2000", *names)
+    ages = [(age == group).to(age.dtype) for group in (2, 3, 4)]
+    design = torch.stack([torch.ones_like(age), ideology, race, *ages, education, gender, income], dim=-1)
+    return Posterior(
+        "nes", "party identification (10-d)", "nearly Gaussian",
+        partial(_regression_model, party, design, _flat(9), _flat_positive()),
+        partial(_rename, {"beta": _names("beta", 9), "sigma": ("sigma",)}), ("beta[1]", "beta[3]"),
+        reference=_read_draws(data_dir, "nes2000-nes"),
+    )  # fmt: skip
+
+
+def _sblri(data_dir: Path | None) -> Posterior:
+    y, design = _read_data(data_dir, "sblri", "y", "X")
+    size = design.shape[-1]
+    beta = dist.Normal(0.0, 10.0).expand([size]).to_event(1)
+    return Posterior(
+        "sblri", f"linear regression ({size + 1}-d)", "nearly Gaussian",
+        partial(_regression_model, y, design, beta, dist.HalfNormal(10.0)),
+        partial(_rename, {"beta": _names("beta", size), "sigma": ("sigma",)}), ("beta[1]", "beta[2]"),
+        reference=_read_draws(data_dir, "sblri-blr"),
+    )  # fmt: skip
+
+
+def _gp_model(x: Tensor, y: Tensor) -> None:
+    """Gaussian process with the squared exponential kernel; sigma is the variance of the noise, as in Stan."""
+    rho = pyro.sample("rho", dist.Gamma(25.0, 4.0))
+    alpha = pyro.sample("alpha", dist.HalfNormal(2.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    # In float32 the factorization fails where sigma is below 1e-6 alpha^2, as it may be in a guide's early samples.
+    rho, alpha, sigma, times = (z.double().unsqueeze(-1) for z in (rho, alpha, sigma, x))
+    kernel = alpha.unsqueeze(-1) ** 2 * torch.exp(-0.5 * ((times - times.mT) / rho.unsqueeze(-1)) ** 2)
+    scale_tril = torch.linalg.cholesky(kernel + torch.diag_embed(sigma.expand(*sigma.shape[:-1], len(x)))).to(x.dtype)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros_like(x), scale_tril=scale_tril), obs=y)
+
+
+def _gp(data_dir: Path | None) -> Posterior:
+    x, y = _read_data(data_dir, "gp_pois_regr", "x", "y")
+    names = ("rho", "alpha", "sigma")
+    return Posterior(
+        "gp", "Gaussian process (3-d)", "nearly Gaussian", partial(_gp_model, x, y),
+        partial(_rename, {name: (name,) for name in names}), ("rho", "alpha"),
+        reference=_read_draws(data_dir, "gp_pois_regr-gp_regr"),
+    )  # fmt: skip
+
+
+def _hmm_model(observed: Tensor, prior: Tensor) -> None:
+    """
+    Hidden Markov model with two states and two exponential observations, whose rates increase with the state.
+
+    The sites "phi_steps" and "lambda_steps" are the first rate and the increase to the second, which has Jacobian
+    determinant 1: the logarithms of both are Stan's unconstrained coordinates of positive ordered vectors.
+    """
+    theta1 = pyro.sample("theta1", dist.Dirichlet(prior[0]))
+    theta2 = pyro.sample("theta2", dist.Dirichlet(prior[1]))
+    phi = pyro.sample("phi_steps", _flat_positive(2)).cumsum(-1)
+    lambda_ = pyro.sample("lambda_steps", _flat_positive(2)).cumsum(-1)
+    rates = torch.stack([phi, lambda_], dim=-1)  # (*, state, observation)
+    pyro.factor("prior", dist.Normal(rates.new_tensor([[0.0], [3.0]]), 1.0).log_prob(rates).sum((-2, -1)))
+    later = torch.stack([theta1, theta2], dim=-2).log().unsqueeze(-3)  # (*, 1, old, new)
+    later = later.expand(*later.shape[:-3], len(observed) - 1, 2, 2)
+    # DiscreteHMM makes a transition before the first observation: a uniform one, as Stan's model has none.
+    transitions = torch.cat([torch.zeros_like(later[..., :1, :, :]), later], dim=-3)
+    emissions = dist.Exponential(rates.unsqueeze(-3)).to_event(1)
+    pyro.sample("y", dist.DiscreteHMM(observed.new_zeros(2), transitions, emissions), obs=observed)
+
+
+def _hmm_quantities(samples: dict[str, Tensor]) -> dict[str, Tensor]:
+    rates = {name: samples[f"{name}_steps"].cumsum(-1) for name in ("phi", "lambda")}
+    return _rename({name: _names(name, 2) for name in ("theta1", "theta2", "phi", "lambda")}, {**samples, **rates})
+
+
+def _hmm(data_dir: Path | None) -> Posterior:
+    u, v, prior = _read_data(data_dir, "bball_drive_event_0", "u", "v", "alpha")
+    return Posterior(
+        "hmm", "hidden Markov model (6-d)", "nearly Gaussian",
+        partial(_hmm_model, torch.stack([u, v], dim=-1), prior), _hmm_quantities, ("theta1[1]", "theta2[2]"),
+        reference=_read_draws(data_dir, "bball_drive_event_0-hmm_drive_0"),
+    )  # fmt: skip
+
+
+def _lotka_volterra(growth: Tensor, interaction: Tensor, log_init: Tensor, years: int, substeps: int) -> Tensor:
+    """
+    Solves :math:`d\\log z / dt = growth + interaction \\cdot (z_2, z_1)` by the classical Runge-Kutta method.
+
+    In logarithms populations stay positive. In the slope they are at most :math:`e^{10}`, which keeps the solution
+    finite in float32 at the first samples of a guide, far from the posterior.
+
+    :param Tensor growth: with shape ``(*, 2)``, as are ``interaction`` and ``log_init``.
+    :returns: :math:`\\log z` at 0, 1, ..., ``years``, with shape ``(*, years + 1, 2)``.
+    """
+
+    def slope(log_z: Tensor) -> Tensor:
+        return torch.addcmul(growth, interaction, log_z.flip(-1).clamp(max=10).exp())
+
+    log_z, step = log_init, 1 / substeps
+    found = [log_z]
+    for _ in range(years):
+        for _ in range(substeps):
+            k1 = slope(log_z)
+            k2 = slope(torch.add(log_z, k1, alpha=step / 2))
+            k3 = slope(torch.add(log_z, k2, alpha=step / 2))
+            k4 = slope(torch.add(log_z, k3, alpha=step))
+            log_z = torch.add(log_z, torch.add(k1 + k4, k2 + k3, alpha=2), alpha=step / 6)
+        found.append(log_z)
+    return torch.stack(found, dim=-2)
+
+
+def _lotka_volterra_model(y: Tensor) -> None:
+    """Hares and lynxes in the years 0, 1, ... with shape ``(n, 2)``."""
+    mean, deviation = y.new_tensor([1.0, 0.05, 1.0, 0.05]), y.new_tensor([0.5, 0.05, 0.5, 0.05])
+    theta = pyro.sample("theta", dist.LogNormal(mean.log(), 1.0).to_event(1).mask(False))
+    pyro.factor("prior", dist.Normal(mean, deviation).log_prob(theta).sum(-1))
+    z_init = pyro.sample("z_init", dist.LogNormal(math.log(10.0), 1.0).expand([2]).to_event(1))
+    sigma = pyro.sample("sigma", dist.LogNormal(-1.0, 1.0).expand([2]).to_event(1))
+    signed = theta * y.new_tensor([1.0, -1.0, -1.0, 1.0])
+    log_z = _lotka_volterra(signed[..., ::2], signed[..., 1::2], z_init.log(), len(y) - 1, SUBSTEPS)
+    pyro.sample("y", dist.LogNormal(log_z, sigma.unsqueeze(-2)).to_event(2), obs=y)
+
+
+def _lynx_hare(data_dir: Path | None) -> Posterior:
+    y_init, y = _read_data(data_dir, "hudson_lynx_hare", "y_init", "y")
+    names = {"theta": _names("theta", 4), "z_init": _names("z_init", 2), "sigma": _names("sigma", 2)}
+    return Posterior(
+        "lynx_hare", "lynxes and hares, an ODE (8-d)", "nearly Gaussian",
+        partial(_lotka_volterra_model, torch.cat([y_init.unsqueeze(0), y])), partial(_rename, names),
+        ("theta[1]", "theta[3]"), reference=_read_draws(data_dir, "hudson_lynx_hare-lotka_volterra"),
     )  # fmt: skip
 
 
@@ -296,7 +482,16 @@ _LOADERS: dict[str, Callable[[Path | None], Posterior]] = {
     "ark": _ark,
     "garch": _garch,
     "kidscore": _kidscore,
+    "mesquite": _mesquite,
+    "kilpisjarvi": _kilpisjarvi,
+    "earnings": _earnings,
+    "nes": _nes,
+    "sblri": _sblri,
+    "gp": _gp,
+    "hmm": _hmm,
+    "lynx_hare": _lynx_hare,
 }
 
-#: The names that :func:`load` knows.
-POSTERIORS: tuple[str, ...] = tuple(_LOADERS)
+#: The names that :func:`load` knows: those of the experiment's own table, and more.
+POSTERIORS: tuple[str, ...] = tuple(_LOADERS)[:8]
+MORE_POSTERIORS: tuple[str, ...] = tuple(_LOADERS)[8:]

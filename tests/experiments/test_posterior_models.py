@@ -3,7 +3,9 @@
 
 import json
 import math
+import subprocess
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -14,21 +16,62 @@ from pyro.distributions.transforms import affine_autoregressive, iterated
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
 from pyro.poutine.util import site_is_subsample
+from scipy.integrate import solve_ivp
 from torch.autograd import grad
 from torch.distributions import biject_to
 
+from pyro_hollow.experiments import posterior_models
 from pyro_hollow.experiments.data import DataError
-from pyro_hollow.experiments.posterior_models import POSTERIORS, load
+from pyro_hollow.experiments.peers import NUMPYRO
+from pyro_hollow.experiments.posterior_models import MORE_POSTERIORS, POSTERIORS, load
 
 SYNTHETIC = ("funnel", "banana", "ring", "bent")
-POSTERIORDB = ("eight_schools", "ark", "garch", "kidscore")
-DIMENSIONS = dict(zip(POSTERIORS, (10, 2, 2, 50, 10, 7, 4, 5), strict=True))
+POSTERIORDB = ("eight_schools", "ark", "garch", "kidscore", *MORE_POSTERIORS)
+ALL = (*POSTERIORS, *MORE_POSTERIORS)
+DIMENSIONS = dict(zip(ALL, (10, 2, 2, 50, 10, 7, 4, 5, 8, 3, 5, 10, 6, 3, 6, 8), strict=True))
 QUANTITIES = {
     "eight_schools-eight_schools_noncentered": ["mu", "tau", *(f"theta[{i}]" for i in range(1, 9))],
     "arK-arK": ["alpha", *(f"beta[{i}]" for i in range(1, 6)), "sigma"],
     "garch-garch11": ["mu", "alpha0", "alpha1", "beta1"],
     "kidiq-kidscore_interaction": [*(f"beta[{i}]" for i in range(1, 5)), "sigma"],
+    "mesquite-logmesquite": [*(f"beta[{i}]" for i in range(1, 8)), "sigma"],
+    "kilpisjarvi_mod-kilpisjarvi": ["alpha", "beta", "sigma"],
+    "earnings-logearn_interaction": [*(f"beta[{i}]" for i in range(1, 5)), "sigma"],
+    "nes2000-nes": [*(f"beta[{i}]" for i in range(1, 10)), "sigma"],
+    "sblri-blr": [*(f"beta[{i}]" for i in range(1, 6)), "sigma"],
+    "gp_pois_regr-gp_regr": ["rho", "alpha", "sigma"],
+    "bball_drive_event_0-hmm_drive_0": [
+        f"{name}[{i}]" for name in ("theta1", "theta2", "phi", "lambda") for i in (1, 2)
+    ],
+    "hudson_lynx_hare-lotka_volterra": [
+        *(f"theta[{i}]" for i in range(1, 5)),
+        *(f"{name}[{i}]" for name in ("z_init", "sigma") for i in (1, 2)),
+    ],
 }
+
+
+def more_data(rng):
+    """Data sets of MORE_POSTERIORS with a few observations."""
+
+    def positive(*shape):
+        return rng.uniform(0.5, 3, shape).tolist()
+
+    def integers(low, high):
+        return rng.integers(low, high + 1, 12).tolist()
+
+    sizes = ("weight", "diam1", "diam2", "canopy_height", "total_height", "density")
+    answers = {"partyid7": 7, "real_ideo": 7, "educ1": 4, "gender": 2, "income": 5, "age_discrete": 4}
+    prior = {"pmualpha": 9.3, "psalpha": 100, "pmubeta": 0, "psbeta": 0.03}
+    return {
+        "mesquite": {**{name: positive(12) for name in sizes}, "group": integers(0, 1)},
+        "kilpisjarvi_mod": {"x": list(range(12)), "y": positive(12), **prior},
+        "earnings": {"earn": positive(12), "height": positive(12), "male": integers(0, 1)},
+        "nes2000": {**{name: integers(1, high) for name, high in answers.items()}, "race_adj": integers(0, 1)},
+        "sblri": {"X": positive(12, 5), "y": positive(12)},
+        "gp_pois_regr": {"x": list(range(-6, 6)), "y": positive(12)},
+        "bball_drive_event_0": {"u": positive(13), "v": positive(13), "alpha": [[4, 2], [2, 4]]},
+        "hudson_lynx_hare": {"y_init": positive(2), "y": positive(12, 2)},
+    }
 
 
 @pytest.fixture
@@ -45,6 +88,7 @@ def folder(tmp_path):
             "mom_hs": [int(i % 3 > 0) for i in range(30)],
             "mom_iq": rng.normal(100, 15, 30).tolist(),
         },
+        **more_data(rng),
     }
     (tmp_path / "posteriordb").mkdir()
     for name, content in data.items():
@@ -59,21 +103,27 @@ def content(folder, name):
     return json.loads((folder / "posteriordb" / f"{name}.json").read_text())
 
 
-def supports(model):
-    """Name to (bijection from the real line, shape) of each latent site."""
+def latents(model):
+    """Name to node of each latent site."""
     trace = poutine.trace(model).get_trace()
-    latent = [(name, trace.nodes[name]) for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])]
-    return {name: (biject_to(site["fn"].support), site["value"].shape) for name, site in latent}
+    return {name: trace.nodes[name] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
+
+
+def supports(model):
+    """Name to (bijection from the real line, unconstrained shape) of each latent site."""
+    bijections = {name: (biject_to(site["fn"].support), site["value"].shape) for name, site in latents(model).items()}
+    return {name: (bijection, bijection.inverse_shape(shape)) for name, (bijection, shape) in bijections.items()}
 
 
 def log_joint(model, points):
     """The log-joint in unconstrained coordinates, (n, *shape) by site, of n vectorised particles."""
     n, log_det, values = len(next(iter(points.values()))), 0.0, {}
+    plates = {name: site["cond_indep_stack"] for name, site in latents(model).items()}
     for name, (bijection, _) in supports(model).items():
         x = bijection(points[name])
         log_det = log_det + bijection.log_abs_det_jacobian(points[name], x).reshape(n, -1).sum(-1)
         # The sites that are in no plate have a dimension of size 1 for it.
-        values[name] = x if name == "theta" else x.unsqueeze(1)
+        values[name] = x if plates[name] else x.unsqueeze(1)
     with pyro.plate("particles", n, dim=-2):
         trace = poutine.trace(poutine.condition(model, values)).get_trace()
     trace.compute_log_prob()
@@ -157,15 +207,157 @@ def plain_kidscore(u, folder):
     return total
 
 
-PLAIN = {name: globals()[f"plain_{name}"] for name in POSTERIORS}
+def plain_regression(u, rows, y):
+    """Linear regression with flat priors of the coefficients and of sigma."""
+    means = [sum(b * x for b, x in zip(u["beta"], row, strict=True)) for row in rows]
+    return u["sigma"] + sum(normal(value, mean, math.exp(u["sigma"])) for value, mean in zip(y, means, strict=True))
 
 
-@pytest.mark.parametrize("name", POSTERIORS)
-def test_log_joint(name, folder):
+def plain_mesquite(u, folder):
+    data, logs = content(folder, "mesquite"), ("diam1", "diam2", "canopy_height", "total_height", "density")
+    rows = [[1, *(math.log(data[name][i]) for name in logs), data["group"][i]] for i in range(12)]
+    return plain_regression(u, rows, [math.log(weight) for weight in data["weight"]])
+
+
+def plain_kilpisjarvi(u, folder):
+    data = content(folder, "kilpisjarvi_mod")
+    prior = normal(u["beta"][0], 9.3, 100) + normal(u["beta"][1], 0, 0.03)
+    return prior + plain_regression(u, [[1, x] for x in data["x"]], data["y"])
+
+
+def plain_earnings(u, folder):
+    data = content(folder, "earnings")
+    rows = [[1, height, male, height * male] for height, male in zip(data["height"], data["male"], strict=True)]
+    return plain_regression(u, rows, [math.log(earn) for earn in data["earn"]])
+
+
+def plain_nes(u, folder):
+    data = content(folder, "nes2000")
+    rows = [
+        [1, data["real_ideo"][i], data["race_adj"][i], *(data["age_discrete"][i] == age for age in (2, 3, 4)),
+         data["educ1"][i], data["gender"][i], data["income"][i]] for i in range(12)
+    ]  # fmt: skip
+    return plain_regression(u, rows, data["partyid7"])
+
+
+def plain_sblri(u, folder):
+    data = content(folder, "sblri")
+    prior = sum(normal(b, 0, 10) for b in u["beta"]) + math.log(2) + normal(math.exp(u["sigma"]), 0, 10)
+    return prior + plain_regression(u, data["X"], data["y"])
+
+
+def plain_gp(u, folder):
+    """The kernel and the Gaussian density by numpy."""
+    data = content(folder, "gp_pois_regr")
+    x, y, rho, alpha, sigma = np.array(data["x"]), np.array(data["y"]), *map(math.exp, u.values())
+    covariance = alpha**2 * np.exp(-((x[:, None] - x) ** 2) / (2 * rho**2)) + sigma * np.eye(12)
+    prior = 25 * math.log(4) - math.lgamma(25) + 24 * math.log(rho) - 4 * rho  # Gamma(25, 4)
+    prior += 2 * math.log(2) + normal(alpha, 0, 2) + normal(sigma, 0, 1) + sum(u.values())
+    log_det = np.linalg.slogdet(2 * math.pi * covariance)[1]
+    return prior - 0.5 * (log_det + y @ np.linalg.solve(covariance, y))
+
+
+def plain_hmm(u, folder):
+    """The forward algorithm, each of the two states with probability 1/2 at first."""
+    data, theta, total = content(folder, "bball_drive_event_0"), [], 0.0
+    for name, prior in (("theta1", (4, 2)), ("theta2", (2, 4))):
+        p = sigmoid(u[name][0])
+        # The Dirichlet density has the constant 5! / (3! 1!), the Jacobian determinant is p (1 - p).
+        total += math.log(20) + prior[0] * math.log(p) + prior[1] * math.log(1 - p)
+        theta.append((p, 1 - p))
+    rates = []
+    for name in ("phi_steps", "lambda_steps"):
+        first, step = map(math.exp, u[name])
+        total += normal(first, 0, 1) + normal(first + step, 3, 1) + sum(u[name])
+        rates.append((first, first + step))
+    emission = [
+        [
+            math.prod(rate[k] * math.exp(-rate[k] * value) for rate, value in zip(rates, pair, strict=True))
+            for k in (0, 1)
+        ]
+        for pair in zip(data["u"], data["v"], strict=True)
+    ]
+    forward = [0.5 * e for e in emission[0]]
+    for e in emission[1:]:
+        forward = [e[k] * sum(forward[j] * theta[j][k] for j in (0, 1)) for k in (0, 1)]
+    return total + math.log(sum(forward))
+
+
+def plain_lynx_hare(u, folder):
+    """The populations by an adaptive solver, in their own coordinates."""
+    data = content(folder, "hudson_lynx_hare")
+    (a, b, c, d), z, sigma = ([math.exp(value) for value in u[name]] for name in ("theta", "z_init", "sigma"))
+    total = sum(normal(x, 1, 0.5) for x in (a, c)) + sum(normal(x, 0.05, 0.05) for x in (b, d)) + sum(u["theta"])
+    total += sum(normal(x, math.log(10), 1) for x in u["z_init"]) + sum(normal(x, -1, 1) for x in u["sigma"])
+    y, times = np.array([data["y_init"], *data["y"]]), range(13)
+
+    def slope(t, z):
+        return [(a - b * z[1]) * z[0], (-c + d * z[0]) * z[1]]
+
+    solved = solve_ivp(slope, (0, 12), z, "DOP853", times, rtol=1e-10, atol=1e-12).y.T
+    for k in (0, 1):
+        # LogNormal: the density of log y over y.
+        total += sum(normal(math.log(y[t, k]), math.log(solved[t, k]), sigma[k]) - math.log(y[t, k]) for t in times)
+    return total
+
+
+PLAIN = {name: globals()[f"plain_{name}"] for name in ALL}
+
+
+def test_runge_kutta_of_the_lotka_volterra_equations():
+    """Errors of the fourth order."""
+    growth, interaction = torch.tensor([0.55, -0.8]), torch.tensor([-0.028, 0.024])
+    log_init = torch.tensor([34.0, 5.9]).log()
+    solve = partial(posterior_models._lotka_volterra, growth, interaction, log_init, 20)
+    exact = solve(64)
+    errors = [float((solve(substeps) - exact).abs().max()) for substeps in (4, 8, 16)]
+    assert errors[0] < 1e-3 and all(12 < a / b < 24 for a, b in zip(errors, errors[1:], strict=False))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_log_joint(name, folder, monkeypatch):
+    monkeypatch.setattr(posterior_models, "SUBSTEPS", 200)
     model = load(name, folder).model
-    points = random_points(model)
+    points = random_points(model, scale=0.3 if name == "lynx_hare" else 0.7)  # further out the ODE is too stiff
     expected = [PLAIN[name]({site: u[i].tolist() for site, u in points.items()}, folder) for i in range(5)]
     assert torch.allclose(log_joint(model, points), torch.tensor(expected), rtol=1e-9)
+
+
+#: Prints the log-joints of NumPyro's models, given the values of their sites.
+NUMPYRO_LOG_JOINTS = """
+import json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import jax
+jax.config.update("jax_enable_x64", True)
+import numpyro_peers
+from numpyro.infer.util import log_density
+
+found = {}
+for name, sites in json.load(sys.stdin).items():
+    model = numpyro_peers.load(name, pathlib.Path(sys.argv[2]))
+    sites = {site: jax.numpy.asarray(value) for site, value in sites.items()}
+    found[name] = float(log_density(model, (), {}, sites)[0])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_log_joints_of_numpyro(folder):
+    source = Path(posterior_models.__file__).parent
+    python = source.parents[1] / NUMPYRO
+    if not python.exists():
+        pytest.skip("needs NumPyro: run `make numpyro`")
+    sites, expected = {}, {}
+    for name in ALL:
+        model = load(name, folder).model
+        points = random_points(model, n=1, scale=0.3)
+        bijections = {site: bijection for site, (bijection, _) in supports(model).items()}
+        values = {site: bijections[site](u[0]) for site, u in points.items()}
+        sites[name] = {site: x.tolist() for site, x in values.items()}
+        expected[name] = float(poutine.trace(poutine.condition(model, values)).get_trace().log_prob_sum())
+    command = [python, "-c", NUMPYRO_LOG_JOINTS, source, folder]
+    printed = subprocess.run(command, input=json.dumps(sites), capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed.splitlines()[-1]) == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=("float32", "float64"))
@@ -180,7 +372,7 @@ def test_garch_at_its_bounds(alpha1, fraction, dtype, folder):
 
 
 @pytest.mark.parametrize("guide", (AutoNormal, AutoMultivariateNormal, AutoNormalizingFlow))
-@pytest.mark.parametrize("name", POSTERIORS)
+@pytest.mark.parametrize("name", ALL)
 def test_autoguides(name, guide, folder):
     torch.set_default_dtype(torch.float32)
     posterior = load(name, folder)
@@ -191,16 +383,17 @@ def test_autoguides(name, guide, folder):
     assert all(math.isfinite(svi.step()) for _ in range(3))
     samples = Predictive(posterior.model, guide=guide, num_samples=7, parallel=True)()
     quantities = posterior.quantities(samples)
-    assert len(quantities) == DIMENSIONS[name] and quantities.keys() == posterior.reference.keys()
+    assert quantities.keys() == posterior.reference.keys()
     assert all(value.shape == (7,) and value.dtype == torch.float32 for value in quantities.values())
 
 
-@pytest.mark.parametrize("name", POSTERIORS)
+@pytest.mark.parametrize("name", ALL)
 def test_description(name, folder):
     posterior = load(name, str(folder))
     assert posterior.name == name
     assert f"({DIMENSIONS[name]}-d)" in posterior.title
-    assert posterior.shape == ("nearly Gaussian" if name in ("ark", "garch", "kidscore") else "curved")
+    assert DIMENSIONS[name] == sum(shape.numel() for _, shape in supports(posterior.model).values())
+    assert posterior.shape == ("curved" if name in (*SYNTHETIC, "eight_schools") else "nearly Gaussian")
     assert posterior.log_evidence == (0 if name in SYNTHETIC else None)
     assert set(posterior.log_scale) <= set(posterior.pair) <= posterior.reference.keys()
 
@@ -212,10 +405,17 @@ def to_sites(name, model, draws):
         draws["fraction"] = draws["beta1"] / (1 - draws["alpha1"])
     if name == "banana":
         draws = {"x1": draws["x[1]"], "x2": draws["x[2]"]}
+    if name == "kilpisjarvi":
+        draws = {"beta[1]": draws["alpha"], "beta[2]": draws["beta"], "sigma": draws["sigma"]}
+    if name == "hmm":
+        steps = {rate: draws[f"{rate}[2]"] - draws[f"{rate}[1]"] for rate in ("phi", "lambda")}
+        draws |= {f"{rate}_steps[1]": draws[f"{rate}[1]"] for rate in steps}
+        draws |= {f"{rate}_steps[2]": step for rate, step in steps.items()}
     return {
-        site: torch.stack([draws[f"{site}[{i + 1}]"] for i in range(shape[0])], dim=-1) if shape else draws[site]
-        for site, (_, shape) in supports(model).items()
-    }
+        site: torch.stack([draws[f"{site}[{i + 1}]"] for i in range(node["value"].shape[0])], dim=-1)
+        if node["value"].shape else draws[site]
+        for site, node in latents(model).items()
+    }  # fmt: skip
 
 
 def scores(name, posterior):
@@ -337,7 +537,7 @@ def test_built_in_data_of_eight_schools(data_dir):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=("float32", "float64"))
-@pytest.mark.parametrize("name", POSTERIORS)
+@pytest.mark.parametrize("name", ALL)
 def test_dtype(name, dtype, folder):
     torch.set_default_dtype(dtype)
     assert all(value.dtype == dtype for value in load(name, folder).reference.values())
@@ -346,13 +546,13 @@ def test_dtype(name, dtype, folder):
 def test_unknown_name():
     with pytest.raises(ValueError, match="rosenbrock") as raised:
         load("rosenbrock")
-    assert all(name in str(raised.value) for name in POSTERIORS)
+    assert all(name in str(raised.value) for name in ALL)
 
 
 FILES = {
-    "ark": ("arK.json", "arK-arK.reference_draws.npz"),
-    "garch": ("garch.json", "garch-garch11.reference_draws.npz"),
-    "kidscore": ("kidiq.json", "kidiq-kidscore_interaction.reference_draws.npz"),
+    name: (f"{draws.split('-')[0]}.json", f"{draws}.reference_draws.npz")
+    for name, draws in zip(POSTERIORDB, QUANTITIES, strict=True)
+    if name != "eight_schools"
 }
 
 
