@@ -16,7 +16,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
-__all__ = ["enumerated", "log_densities", "log_likelihood"]
+__all__ = ["enumerated", "log_densities", "log_likelihood", "particle_sums", "row_sums"]
 
 
 def enumerated(trace: poutine.Trace) -> list[str]:
@@ -26,10 +26,7 @@ def enumerated(trace: poutine.Trace) -> list[str]:
 
 def log_densities(trace: poutine.Trace, size: int, plate: str | None, owner: str) -> Tensor:
     r"""
-    Sums the log densities of all sites for each particle. Enumerated sites :math:`\mathbf{k}` are marginalised as
-    :class:`~pyro.infer.TraceEnum_ELBO` does, by Pyro's tensor contraction,
-
-        :math:`\log p(\mathbf{x}, \mathbf{z}) = \log \sum_{\mathbf{k}} p(\mathbf{x}, \mathbf{k}, \mathbf{z}).`
+    Sums the log densities of all sites for each particle, as :func:`particle_sums` does, and checks them.
 
     :param trace: a trace with log densities, without the sites of plates.
     :param int size: the number of particles.
@@ -38,18 +35,38 @@ def log_densities(trace: poutine.Trace, size: int, plate: str | None, owner: str
     :return: the densities with shape ``(size,)`` in float64 on the CPU.
     :raises ValueError: for densities that are not finite, and enumerated sites with several scales.
     """
-    total = torch.zeros(size, dtype=torch.float64, device="cpu")
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample":
+            _check(name, site["log_prob"], size, _dim(site, plate), owner)
+    return particle_sums(trace, size, plate, dtype=torch.float64, device="cpu")
+
+
+def particle_sums(trace: poutine.Trace, size: int, plate: str | None, **place: Any) -> Tensor:
+    r"""
+    Sums the log densities of all sites for each particle. Enumerated sites :math:`\mathbf{k}` are marginalised as
+    :class:`~pyro.infer.TraceEnum_ELBO` does, by Pyro's tensor contraction,
+
+        :math:`\log p(\mathbf{x}, \mathbf{z}) = \log \sum_{\mathbf{k}} p(\mathbf{x}, \mathbf{k}, \mathbf{z}).`
+
+    :param trace: a trace with log densities, without the sites of plates.
+    :param int size: the number of particles.
+    :param str plate: the name of the outermost plate, that of the particles. None if there is none, and size is 1.
+    :param place: type and device of the sums; those of the densities by default.
+    :return: the densities with shape ``(size,)``.
+    :raises ValueError: for enumerated sites with several scales.
+    """
+    total = torch.zeros(size, **place)
     names = enumerated(trace)
     if names:
         trace.pack_tensors()
     dims = {trace.nodes[name]["infer"]["_enumerate_symbol"] for name in names}
     summed = []
-    for name, site in trace.nodes.items():
+    for site in trace.nodes.values():
         if site["type"] != "sample":
             continue
-        _check(name, site["log_prob"], size, _dim(site, plate), owner)
         if dims.isdisjoint(site["packed"]["log_prob"]._pyro_dims if names else ()):
-            total += _of_particles(site["log_prob"], size, _dim(site, plate)).sum(-1)
+            log_prob, dim = site["log_prob"].to(**place), _dim(site, plate)
+            total = total + row_sums(log_prob if dim is None else log_prob.movedim(dim, 0), size)
         else:
             summed.append(site)
     if not summed:
@@ -63,8 +80,19 @@ def log_densities(trace: poutine.Trace, size: int, plate: str | None, owner: str
     for terms in _marginalise(trace, summed, dims).values():
         for term in terms:
             rows = packed.unpack(term, trace.symbol_to_dim)
-            total += scale * rows.to("cpu", torch.float64).reshape(size, -1).sum(-1)
+            total = total + scale * row_sums(rows.to(**place), size)
     return total
+
+
+def row_sums(terms: Tensor, size: int) -> Tensor:
+    """
+    Sums over all dimensions but the first, of which a row of one element needs none.
+
+    :param Tensor terms: with ``size`` rows.
+    :param int size: the number of rows.
+    :return: the sums with shape ``(size,)``.
+    """
+    return terms.reshape(size) if terms.numel() == size else terms.reshape(size, -1).sum(-1)
 
 
 def _dim(site: Any, plate: str | None) -> int | None:
@@ -72,9 +100,9 @@ def _dim(site: Any, plate: str | None) -> int | None:
 
 
 def _of_particles(log_prob: Tensor, size: int, dim: int | None) -> Tensor:
-    """Elements in rows, one for each particle, in float64 on the CPU."""
+    """Elements in rows, one for each particle."""
     rows = log_prob if dim is None else log_prob.movedim(dim, 0)
-    return rows.reshape(size, -1).to("cpu", torch.float64)
+    return rows.reshape(size, -1)
 
 
 def _check(name: str, log_prob: Tensor, size: int, dim: int | None, owner: str) -> None:

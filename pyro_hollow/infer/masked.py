@@ -27,7 +27,7 @@ from torch.distributions import Transform, biject_to
 
 from .start import log_density
 
-__all__ = ["MaskedElements"]
+__all__ = ["MaskedElements", "element_support", "is_improper"]
 
 _POINTS = 3  # at which the joint density is differentiated
 
@@ -54,10 +54,10 @@ class MaskedElements:
         values = {name: site["value"].detach() for name, site in sites.items()}
         bijections = {name: biject_to(site["fn"].support) for name, site in sites.items()}
         latents = {name: bijections[name].inv(value) for name, value in values.items()}
-        event_dims = {name: _element_support(site["fn"]).event_dim for name, site in sites.items()}
+        event_dims = {name: element_support(site["fn"]).event_dim for name, site in sites.items()}
         shapes = {name: value.shape[: value.dim() - event_dims[name]] for name, value in values.items()}
         used = {name: _mask(site, shapes[name]) for name, site in sites.items()}
-        improper = [name for name, site in sites.items() if _is_improper(site["fn"])]
+        improper = [name for name, site in sites.items() if is_improper(site["fn"])]
         if improper or not all(bool(mask.all()) for mask in used.values()):
             depends = _dependence(model, args, kwargs, bijections, latents)
             for name, shape in shapes.items():
@@ -139,14 +139,23 @@ def _stretched(mask: Tensor, shape: torch.Size) -> Tensor:
     return mask.reshape((*mask.shape, *(1,) * (len(shape) - mask.dim()))).expand(shape)
 
 
-def _is_improper(fn: Any) -> bool:
+def is_improper(fn: Any) -> bool:
+    """
+    Returns True for an improper uniform distribution.
+
+    :param fn: a distribution.
+    """
     while isinstance(fn, (ExpandedDistribution, Independent, MaskedDistribution)):
         fn = fn.base_dist
     return isinstance(fn, dist.ImproperUniform)
 
 
-def _element_support(fn: Any) -> constraints.Constraint:
-    """The support of one of a distribution's independent elements."""
+def element_support(fn: Any) -> constraints.Constraint:
+    """
+    Returns the support of one of a distribution's independent elements.
+
+    :param fn: a distribution.
+    """
     support = fn.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
@@ -190,7 +199,7 @@ class _PriorSampler(Messenger):
             fn = msg["fn"]
             # The prior may depend on no other latent, but each particle is to have a sample of its own.
             batch_shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
-            kept = kept.reshape((*kept.shape, *(1,) * _element_support(fn).event_dim))
+            kept = kept.reshape((*kept.shape, *(1,) * element_support(fn).event_dim))
             value = torch.where(kept, value, fn.expand(batch_shape).sample())
             self.values[msg["name"]] = value
         msg["value"], msg["done"] = value, True
@@ -207,7 +216,7 @@ class _Uncounted(Messenger):
         kept = self._masked.kept.get(msg["name"])
         if kept is not None:
             fn, latent = self._masked.latents[msg["name"]]
-            support, value = _element_support(fn), msg["fn"].v
+            support, value = element_support(fn), msg["fn"].v
             ladj = biject_to(support).inv.log_abs_det_jacobian(value, latent).where(kept, 0.0)
             ladj = sum_rightmost(ladj, fn.event_dim - support.event_dim)
             msg["fn"] = dist.Delta(value, log_density=ladj, event_dim=fn.event_dim)
