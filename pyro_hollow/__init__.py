@@ -6,10 +6,14 @@ Hollow-CNFs for Pyro: continuous normalizing flows with an exact log-determinant
 
 Which part for which need?
 
-- a guide for a model: :class:`AutoHollowCNF`, and :func:`diagnose` to check any guide;
+- a posterior, in one call: :func:`fit`;
+- a guide for a model, in a loop of your own: :class:`AutoHollowCNF`, and :func:`diagnose` to check any guide;
+- the log density of a model as a fast function, for samplers: :class:`LogDensity`;
 - a posterior flow or a density: :func:`hollow_cnf`, or :func:`conditional_hollow_cnf` where an encoder or other context
   decides; :class:`HollowCNF` and :class:`ConditionalHollowCNF` around a network of your own making;
 - such a flow in the units of the data (and of the context) that it is fitted to: :func:`standardized`;
+- such a flow or another density fitted to data: :class:`MaximumLikelihood` or, without solving anything,
+  :class:`FlowMatching`, and the loop :func:`pyro_hollow.train.train`;
 - behind such a flow, directions in which the latents of each data point vary together:
   :func:`conditional_low_rank_linear`;
 - gradients with less noise near the optimum, in a guide of your own: :class:`PathGradientDistribution`;
@@ -20,10 +24,11 @@ Which part for which need?
 - the free-form flow to compare with: :func:`free_form_cnf`.
 """
 
-from pyro_hollow.infer import AutoHollowCNF, PathGradientDistribution, diagnose
+from pyro_hollow.infer import AutoHollowCNF, Fit, LogDensity, PathGradientDistribution, diagnose, fit
 from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver, SolverError
 from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching
+from pyro_hollow.train import FlowMatching, MaximumLikelihood
 from pyro_hollow.transforms import (
     ConditionalFreeFormCNF,
     ConditionalHollowCNF,
@@ -45,10 +50,14 @@ __all__ = [
     "ConditionalHollowCNF",
     "ConditionalHollowNN",
     "DiagonalSDE",
+    "Fit",
+    "FlowMatching",
     "FokkerPlanckMatching",
     "FreeFormCNF",
     "HollowCNF",
     "HollowNN",
+    "LogDensity",
+    "MaximumLikelihood",
     "PathGradientDistribution",
     "Solver",
     "SolverError",
@@ -56,6 +65,7 @@ __all__ = [
     "conditional_hollow_cnf",
     "conditional_low_rank_linear",
     "diagnose",
+    "fit",
     "free_form_cnf",
     "hollow_cnf",
     "standardized",

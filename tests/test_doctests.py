@@ -15,6 +15,7 @@ import pyro_hollow.nn
 import pyro_hollow.ode
 import pyro_hollow.ops
 import pyro_hollow.sde
+import pyro_hollow.train
 import pyro_hollow.transforms
 
 # The experiments have dependencies of their own.
@@ -25,7 +26,8 @@ MODULES = [
 ]
 NAMES = {"torch": torch, "pyro": pyro, "dist": pyro.distributions}
 for module in (
-    pyro_hollow.nn, pyro_hollow.ops, pyro_hollow.ode, pyro_hollow.transforms, pyro_hollow.sde, pyro_hollow
+    pyro_hollow.nn, pyro_hollow.ops, pyro_hollow.ode, pyro_hollow.train, pyro_hollow.transforms, pyro_hollow.sde,
+    pyro_hollow,
 ):  # fmt: skip
     NAMES |= {name: getattr(module, name) for name in module.__all__}
 

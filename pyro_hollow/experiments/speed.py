@@ -22,6 +22,7 @@ import math
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,9 @@ from pyro.infer.autoguide import AutoGuide, AutoIAFNormal, AutoMultivariateNorma
 from torch import Tensor, nn
 
 from pyro_hollow.experiments.harness import Parser, Progress, interleaved, positive, table
-from pyro_hollow.infer import AutoHollowCNF
+from pyro_hollow.infer import AutoHollowCNF, LogDensity, fit
+from pyro_hollow.infer.elbo import PathELBO
+from pyro_hollow.infer.model_density import ModelDensity
 from pyro_hollow.nn import ConditionalHollowNN, GraphConditioner, HollowField, HollowNN
 from pyro_hollow.nn.native import NativeStepper
 from pyro_hollow.ode import Solver
@@ -440,11 +443,124 @@ def svi_steps(dims: Sequence[int], repeats: int, device: str = "cpu", before: in
             with torch.device(device):  # where Pyro's guides make their transforms, at the first step
                 for _ in range(1 + before):
                     svi.step()
+        steps["fit"] = fit_step(model, before)
         times = interleaved(steps, repeats, f"SVI, d = {d}")
         ratios = {name: seconds / times["AutoIAFNormal"] for name, seconds in times.items()}
         columns.append({name: f"{ratio:.2f} ({times[name] * 1e3:.1f} ms)" for name, ratio in ratios.items()})
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
     return table(" | ".join(["guide", *(f"d = {d}" for d in dims)]), rows)
+
+
+def fit_step(model: Callable[..., Any], before: int) -> Callable[[], None]:
+    """A step as ``fit`` takes it, after so many steps."""
+    guide: Any = fit(model, num_steps=1 + before, num_particles=32, progress=False).guide
+    objective = PathELBO(guide, LogDensity(model, batch_size=32), 32)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        objective()
+        torch.nn.utils.clip_grad_norm_(guide.parameters(), 10.0)
+        optimizer.step()
+
+    return step
+
+
+def eight_schools() -> None:
+    """The centred model of eight schools, with 10 latents."""
+    effects = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    errors = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, errors), obs=effects)
+
+
+def _covariates(rows: int, columns: int) -> Tensor:
+    """A fixed matrix without structure."""
+    return torch.sin(torch.arange(1.0, 1.0 + rows * columns).square()).reshape(rows, columns)
+
+
+def hierarchical_regression(groups: int = 10, rows: int = 200) -> None:
+    """A regression with varying intercepts, with 16 latents."""
+    x, group = _covariates(rows, 3), torch.arange(rows) % groups
+    slopes = pyro.sample("slopes", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    with pyro.plate("groups", groups):
+        intercepts = pyro.sample("intercepts", dist.Normal(mu, tau))
+    with pyro.plate("data", rows):
+        pyro.sample("y", dist.Normal(intercepts[..., group] + (slopes * x).sum(-1), sigma), obs=x[:, 0])
+
+
+def paired_groups(pairs: int = 96, grades: int = 4) -> None:
+    """Effects of pairs within grades, with 112 latents."""
+    grade, x = torch.arange(pairs) % grades, _covariates(2, pairs)
+    with pyro.plate("grades", grades):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        spread = pyro.sample("spread", dist.HalfCauchy(1.0))
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("pairs", pairs):
+        level = pyro.sample("level", dist.Normal(mean[..., grade], spread[..., grade]))
+        pyro.sample("control", dist.Normal(level, noise[..., grade]), obs=x[0])
+        pyro.sample("treated", dist.Normal(level + effect[..., grade], noise[..., grade]), obs=x[1])
+
+
+def state_space(steps: int = 100) -> None:
+    """A stochastic volatility model, written as a loop, with 102 latents."""
+    x = _covariates(1, steps)[0]
+    phi = pyro.sample("phi", dist.Uniform(-1.0, 1.0))
+    sigma = pyro.sample("sigma", dist.LogNormal(-1.0, 0.5))
+    state = torch.zeros(())
+    for t in range(steps):
+        state = pyro.sample(f"state_{t}", dist.Normal(phi * state, sigma))
+        pyro.sample(f"x_{t}", dist.Normal(0.0, (state / 2).exp()), obs=x[t])
+
+
+DENSITIES: dict[str, Callable[[], None]] = {
+    "eight schools": eight_schools,
+    "hierarchical regression": hierarchical_regression,
+    "paired groups": paired_groups,
+    "state space": state_space,
+}
+
+
+def densities(names: Sequence[str], batch: int, repeats: int, compile: bool = True) -> list[str]:
+    """
+    Rows: a log joint density with its gradient, by Pyro's handlers, as a graph and compiled.
+
+    :param names: of :data:`DENSITIES`.
+    :param int batch: particles.
+    :param int repeats: repetitions.
+    :param bool compile: to compile the graphs, which takes up to a minute each.
+    """
+    rows = []
+    for name in names:
+        begin = time.perf_counter()
+        graph = LogDensity(DENSITIES[name], compile=False, batch_size=batch)
+        seconds = time.perf_counter() - begin
+        z = graph.start + 0.1 * torch.randn(batch, graph.dim)
+        handlers = ModelDensity(DENSITIES[name], (), {})
+        candidates: dict[str, Callable[[], object]] = {
+            "handlers": partial(_by_handlers, handlers, z),
+            "graph": partial(graph.value_and_gradient, z),
+        }
+        if compile:
+            compiled = LogDensity(DENSITIES[name], compile=True, batch_size=batch)
+            candidates["compiled"] = partial(compiled.value_and_gradient, z)
+        times = interleaved(candidates, repeats, f"density of {name}")
+        ratios = [f"{times['handlers'] / times[k]:.1f}" if k in times else "-" for k in ("graph", "compiled")]
+        rows.append([name, graph.dim, f"{times['handlers'] * 1e3:.2f}", *ratios, f"{seconds:.1f}"])
+    return table("model | latents | handlers (ms) | graph, times faster | compiled, times faster | traced in (s)", rows)
+
+
+def _by_handlers(density: ModelDensity, z: Tensor) -> None:
+    z = z.clone().requires_grad_()
+    with pyro.validation_enabled(False):
+        torch.autograd.grad(density.of_particles(z).sum(), z)
 
 
 #: What is measured: name to a title and the rows, by the command line.
@@ -468,6 +584,10 @@ TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], list[str]]]] = {
     "svi": (
         "Time of an SVI step with 32 particles, relative to that with AutoIAFNormal, after 450 steps",
         lambda args: svi_steps((10, 100), 7 * args.repeats, args.device, 450),
+    ),
+    "density": (
+        "Log joint density of a Pyro model with its gradient, 32 particles",
+        lambda args: densities(list(DENSITIES), 32, 7 * args.repeats),
     ),
     "memory": (
         "Peak memory of a training step of a density (rk4, 4 steps), d = 64",

@@ -6,7 +6,18 @@
 from . import supports  # noqa: F401  # registers a bijection
 from .autoguide import AutoHollowCNF
 from .diagnostics import GuideDiagnostics, diagnose
+from .fitting import Fit, fit
 from .graph import latent_adjacency
+from .log_density import LogDensity
 from .path_gradient import PathGradientDistribution
 
-__all__ = ["AutoHollowCNF", "GuideDiagnostics", "PathGradientDistribution", "diagnose", "latent_adjacency"]
+__all__ = [
+    "AutoHollowCNF",
+    "Fit",
+    "GuideDiagnostics",
+    "LogDensity",
+    "PathGradientDistribution",
+    "diagnose",
+    "fit",
+    "latent_adjacency",
+]

@@ -27,6 +27,7 @@ from pyro_hollow.infer.gradient_guard import guard_gradients
 from pyro_hollow.infer.graph import adjacency_of_trace
 from pyro_hollow.infer.guide_posterior import Affine, PathPosterior, Posterior, Stretching, Tails
 from pyro_hollow.infer.masked import MaskedElements
+from pyro_hollow.infer.model_density import ImproperAtZero
 from pyro_hollow.infer.particles import check_independence
 from pyro_hollow.infer.plates import plates, subsampled
 from pyro_hollow.infer.start import check_data, choose_start, log_density
@@ -129,11 +130,12 @@ class AutoHollowCNF(AutoContinuous):
         the flow learns about places that it would hardly ever sample. The path gradient allows it, for where a guide is
         exact that of every sample is zero. As a rule importance weights become lighter, for an ELBO that can be a
         little lower; with dozens of latents there is less to gain: compare :func:`diagnose`. No sample has more
-        influence than its score, and the largest factor recedes by itself while too many samples would. The base gets
-        tails that can learn to be heavier than Gaussian ones, up to exponential; they learn from the first call. For
+        influence than its score, and the largest factor recedes by itself while too many samples would. For
         :class:`~pyro.infer.Trace_ELBO` and its like, all the data in every step, and this as the whole guide:
         parameters of the model and of other guides would get a biased gradient, what ``svi.step`` returns is not the
         negative ELBO, and samples for other purposes are to be drawn without gradients or after ``guide.eval()``.
+    :param tails: True for a base whose tails can learn to be heavier than Gaussian ones, up to exponential, on either
+        side of each coordinate; they learn from the first call. None for such a base with overdispersion alone.
     :param bool compile: solve in compiled code where there is some, as ``Solver(compile=True)``. With 32 particles on
         one core a step takes 0.6 of the time, for 10 latents as for 100
         (``python -m pyro_hollow.experiments.speed --table svi``). The first call compiles, which takes some seconds
@@ -170,6 +172,7 @@ class AutoHollowCNF(AutoContinuous):
         penalty: float = 0.0,
         path_gradient: bool = False,
         overdispersion: float = 1.0,
+        tails: bool | None = None,
         compile: bool = False,
         create_plates: Callable[..., Any] | None = None,
         **kwargs: Any,
@@ -198,6 +201,7 @@ class AutoHollowCNF(AutoContinuous):
         self._penalty = penalty
         self._path_gradient = path_gradient and not penalty
         self._stretching = Stretching(overdispersion) if overdispersion > 1 else None
+        self._has_tails = overdispersion > 1 if tails is None else tails
         self._num_transforms = num_transforms
         self._settings = {
             "hidden_dims": hidden_dims,
@@ -258,12 +262,13 @@ class AutoHollowCNF(AutoContinuous):
 
     def _set_up(self, *args: Any, **kwargs: Any) -> None:
         model, start = self.model, self._init_loc_fn
+        proper = ImproperAtZero()(model) if start is None else model
         with torch.random.fork_rng(devices=[]):
-            check_data(model, args, kwargs)
+            check_data(proper, args, kwargs)
             if start is None:
-                start = choose_start(model, self._init_scale, args, kwargs)
+                start = choose_start(proper, self._init_scale, args, kwargs)
         try:
-            self._model = (InitMessenger(start)(model),)
+            self._model = (InitMessenger(start)(proper),)
             super()._setup_prototype(*args, **kwargs)
             self._model = (model,)
             self._masked = MaskedElements(model, args, kwargs, self.prototype_trace)
@@ -357,7 +362,7 @@ class AutoHollowCNF(AutoContinuous):
         conditioners = [type(flow.nn.conditioner).__name__ for flow in flows]
         conditioners += [str(edges.tolist()) for name, edges in flows.named_buffers() if name.endswith(".edges")]
         affine = self._full and self.latent_dim > 1
-        content = (sites, self._masked.index.tolist(), shapes, named, conditioners, affine, self._stretching is None)
+        content = (sites, self._masked.index.tolist(), shapes, named, conditioners, affine, not self._has_tails)
         digest = hashlib.sha256(repr(content).encode()).digest()
         # Three bytes each, which even float32 holds exactly.
         return torch.tensor([int.from_bytes(digest[3 * i : 3 * i + 3], "big") for i in range(_SIGNATURE_SIZE)])
@@ -408,6 +413,7 @@ class AutoHollowCNF(AutoContinuous):
         if self._stretching is not None:
             self._stretching.to(loc)
             self.progress[1] = self._stretching.excess
+        if self._has_tails:
             self.tails = nn.Parameter(torch.full((d, 2), math.log(_INITIAL_TAIL) / _AFFINE_RATE).to(loc))
         self.flows = self._make_flows(loc) if flows is None else flows
 
@@ -449,11 +455,39 @@ class AutoHollowCNF(AutoContinuous):
 
     def _transforms(self, flows: Iterable[Any]) -> list[Transform]:
         """The tails of the base if it has any, the given flows, and the affine map."""
-        tails = [] if self._stretching is None else [Tails((self.tails * _AFFINE_RATE).exp())]
+        tails = [] if not self._has_tails else [Tails((self.tails * _AFFINE_RATE).exp())]
         affine = self.affine * _AFFINE_RATE
         loc, raw = affine[:, 0], affine[:, 1:]
         last = Affine(loc, raw.diagonal(), raw.tril(-1)) if self._full else Affine(loc, raw[:, 0], None)
         return [*tails, *flows, last]
+
+    @torch.no_grad()
+    def set_affine(self, loc: Tensor, scale_tril: Tensor) -> None:
+        r"""
+        Sets the affine map, so that a guide whose flow is still the identity is the Gaussian
+        :math:`\mathcal{N}(\mu, L L^T)`, but for tails. A diagonal map takes the scales at which its own ELBO is best.
+
+        :param Tensor loc: :math:`\mu`, with shape ``(d,)``.
+        :param Tensor scale_tril: L, lower triangular with a positive diagonal and shape ``(d, d)``.
+        :raises ValueError: for other shapes.
+        """
+        d = self.latent_dim
+        if loc.shape != (d,) or scale_tril.shape != (d, d):
+            raise ValueError(
+                f"loc and scale_tril must have shapes ({d},) and ({d}, {d}), but got {tuple(loc.shape)} and "
+                f"{tuple(scale_tril.shape)}"
+            )
+        if self._full:
+            scale = scale_tril.diagonal()
+            raw = (scale_tril / scale.unsqueeze(-1)).tril(-1) + scale.log().diag()
+        else:
+            raw = -0.5 * torch.cholesky_inverse(scale_tril).diagonal().log().unsqueeze(-1)
+        self.affine.copy_(torch.cat([loc.unsqueeze(-1), raw], -1) / _AFFINE_RATE)
+
+    def is_fresh(self) -> bool:
+        """Tells that nothing was trained yet: the flows are the identity, and no call had gradients."""
+        flows = self._modules.get("flows") or ()
+        return self.progress[0].item() == 0 and all(flow.nn.transformer.is_zero() for flow in flows)
 
     def get_base_dist(self) -> dist.Distribution:
         """A standard Normal distribution."""
@@ -624,8 +658,8 @@ class AutoHollowCNF(AutoContinuous):
         return {name: torch.stack(values) for name, values in result.items()}
 
     def _check_tails(self, saved: bool) -> None:
-        if saved != (self._stretching is not None):
-            raise ValueError("the state is that of a guide with another setting of overdispersion")
+        if saved != self._has_tails:
+            raise ValueError("the state is that of a guide with another setting of overdispersion or tails")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         affine = state_dict.get(f"{prefix}affine")

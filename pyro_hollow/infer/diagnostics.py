@@ -30,7 +30,7 @@ from pyro_hollow.infer.predictions import PARTICLES, Predictions
 if TYPE_CHECKING:
     from arviz import InferenceData
 
-__all__ = ["GuideDiagnostics", "diagnose"]
+__all__ = ["GuideDiagnostics", "Pair", "describe", "diagnose"]
 
 _MIN_SAMPLES = 25  # the largest fifth of them are the tail, and ArviZ fits none of fewer than five
 
@@ -220,33 +220,51 @@ def diagnose(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, but got {value}")
     with torch.no_grad():
-        pair = _Pair(model, guide, args, kwargs, max_plate_nesting)
+        pair = Pair(model, guide, args, kwargs, max_plate_nesting)
         log_weights, samples = pair.sample(num_samples, batch_size if vectorize else None)
+    groups = {"log_likelihood": log_likelihood, "posterior_predictive": posterior_predictive}
+    return describe(pair, log_weights, samples, num_draws, batch_size if vectorize else None, restarts, **groups)
+
+
+def describe(
+    pair: Pair,
+    log_weights: Tensor,
+    samples: dict[str, Tensor],
+    num_draws: int,
+    batch_size: int | None,
+    restarts: int = 0,
+    **groups: bool,
+) -> GuideDiagnostics:
+    """
+    Describes weighted samples; for the parameters see :func:`diagnose`.
+
+    :param Pair pair: the model and the guide.
+    :param Tensor log_weights: with shape ``(S,)``, in float64 on the CPU.
+    :param samples: the latents, with shapes ``(S,)`` + those of the sites.
+    :param batch_size: how many draws to predict at once; None for one at a time, without a further plate.
+    """
     if log_weights.max() == -math.inf:
-        raise ValueError(f"none of the {num_samples} samples of the guide has a positive density under the model")
+        raise ValueError(f"none of the {len(log_weights)} samples of the guide has a positive density under the model")
     smoothed = smooth(log_weights)
     weights = smoothed.weights
     summary = _summarise(log_weights, weights) | {"khat": smoothed.khat}
     modes = MissedModes(0, [], 0.0)
     if restarts:
-        log_joint = LogJoint(model, args, kwargs, pair.max_plate_nesting, pair.prototypes)
+        log_joint = LogJoint(pair.model, pair.args, pair.kwargs, pair.max_plate_nesting, pair.prototypes)
         modes = find_missed_modes(log_joint, samples, weights, summary["iw_bound"], restarts)
     chosen = _resample(weights, num_draws)
     draws = {name: values[chosen] for name, values in samples.items()}
-    groups = {"posterior": draws, "sample_stats": {"log_weight": log_weights[chosen]}, "guide": samples}
+    found = {"posterior": draws, "sample_stats": {"log_weight": log_weights[chosen]}, "guide": samples}
     with torch.no_grad():
-        predictions = pair.predictions.groups(
-            draws, batch_size if vectorize else None, log_likelihood, posterior_predictive
-        )
-    groups["posterior"] |= predictions.pop("deterministic")
-    groups |= {name: group for name, group in predictions.items() if group}
-    posterior = inference_data(groups, summary)
+        predictions = pair.predictions.groups(draws, batch_size, **groups)
+    found["posterior"] |= predictions.pop("deterministic")
+    found |= {name: group for name, group in predictions.items() if group}
     return GuideDiagnostics(
         **summary,
-        num_samples=num_samples,
+        num_samples=len(log_weights),
         log_weights=log_weights,
         weights=weights,
-        posterior=posterior,
+        posterior=inference_data(found, summary),
         unseen=smoothed.unseen,
         restarts=restarts,
         num_modes=modes.num_found,
@@ -255,7 +273,7 @@ def diagnose(
     )
 
 
-class _Pair:
+class Pair:
     """A model and its guide, after one run of each that sets up the guide and shows their structure."""
 
     def __init__(

@@ -18,7 +18,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from .path_gradient import PathGradientDistribution
 
-__all__ = ["Affine", "PathPosterior", "Posterior", "Stretching", "Tails"]
+__all__ = ["Affine", "PathPosterior", "Posterior", "Stretching", "Tails", "spread_normal"]
 
 # Up to here the particles of a step are spread evenly; more have little to gain.
 _MAX_SPREAD = 4096
@@ -147,20 +147,31 @@ def _sobol_points(size: int, dim: int, dtype: torch.dtype, device: torch.device)
     return torch.quasirandom.SobolEngine(dim).draw(size, dtype=dtype).to(device)
 
 
-def _spread_sample(posterior: dist.TransformedDistribution, sample_shape: torch.Size) -> Tensor:
+def spread_normal(size: int, dim: int, like: Tensor) -> Tensor:
     """
-    Samples of the standard Normal base that are, for training, evenly spread: the normal images of Sobol points under
-    one random shift. Each is distributed as it should be, and their mean varies less than that of independent samples.
+    Standard normal samples that are evenly spread: the normal images of Sobol points under one random shift. Each is
+    distributed as it should be, and their mean varies less than that of independent samples. More than can be spread
+    are independent.
+
+    :param int size: the number of samples.
+    :param int dim: their dimension.
+    :param Tensor like: of the wanted type and device.
+    :return: with shape ``(size, dim)``.
     """
-    batch_shape, (dim,) = sample_shape + posterior.batch_shape, posterior.event_shape
-    size, like = batch_shape.numel(), posterior.base_dist.mean
-    few = 2 <= size <= _MAX_SPREAD and dim <= torch.quasirandom.SobolEngine.MAXDIM
-    if not (few and torch.is_grad_enabled()):
-        return posterior.base_dist.rsample(sample_shape)
+    if not (2 <= size <= _MAX_SPREAD and dim <= torch.quasirandom.SobolEngine.MAXDIM):
+        return torch.randn(size, dim, dtype=like.dtype, device=like.device)
     shift = torch.rand(dim, dtype=like.dtype, device=like.device)
     uniform = (_sobol_points(size, dim, like.dtype, like.device) + shift).frac()
     eps = torch.finfo(like.dtype).eps
-    return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).view(*batch_shape, dim)
+    return torch.special.ndtri(uniform.clamp(eps, 1 - eps))
+
+
+def _spread_sample(posterior: dist.TransformedDistribution, sample_shape: torch.Size) -> Tensor:
+    """Samples of the standard Normal base; evenly spread for training."""
+    batch_shape, (dim,) = sample_shape + posterior.batch_shape, posterior.event_shape
+    if not torch.is_grad_enabled():
+        return posterior.base_dist.rsample(sample_shape)
+    return spread_normal(batch_shape.numel(), dim, posterior.base_dist.mean).view(*batch_shape, dim)
 
 
 class Posterior(dist.TransformedDistribution):

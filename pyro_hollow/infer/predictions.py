@@ -109,7 +109,7 @@ class Predictions:
                 warnings.warn(
                     "the group posterior_predictive is left out, as the model cannot draw its observed sites "
                     f"({reason}); posterior_predictive=False silences this",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
         return groups | {"observed_data": self.observed}
 
@@ -180,7 +180,7 @@ class Predictions:
                 warnings.warn(
                     f"deterministic site {name!r} is left out, as its value for a draw alone differs from that next to "
                     "others; reduce and index single dimensions, as sum(-1) and [..., 0] do, or use vectorize=False",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
 
@@ -203,7 +203,7 @@ def _fits(what: str, count: int, size: int) -> bool:
     warnings.warn(
         f"the {what} is left out, as {count} draws of it take {count * size / 1e9:.1f} GB; use a smaller num_draws "
         f"for it{remedy}",
-        stacklevel=4,
+        stacklevel=5,
     )
     return False
 

@@ -58,6 +58,12 @@ def test_speed_of_the_divergence():
     assert all(ratio > 0 for row in rows for ratio in numbers(row)[-2:])
 
 
+def test_speed_of_densities():
+    (row,) = speed.densities(["eight schools"], batch=4, repeats=1, compile=False)[2:]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:2] == ["eight schools", "10"] and float(cells[3]) > 0 and cells[4] == "-"
+
+
 def test_speed_of_the_peers():
     (row,) = speed.peers_over_hollow([3], batch=4, repeats=1)[2:]
     assert numbers(row)[0] == 3 and len(numbers(row)) == 7
@@ -152,12 +158,12 @@ def test_speed_on_a_gpu(capsys):
     sizes = "--dims 2 --batch-size 4 --repeats 1 --threads 1".split()
     speed.main([*"--device cuda --table divergence peers tape memory".split(), *sizes])
     assert torch.cuda.get_device_name() in capsys.readouterr().out
-    assert len(speed.svi_steps((2, 3), 1, "cuda")) == 2 + len(speed.svi_guides())
+    assert len(speed.svi_steps((2, 3), 1, "cuda")) == 3 + len(speed.svi_guides())
 
 
 def test_speed_of_svi_steps():
     rows = speed.svi_steps((2, 3), repeats=1)
-    assert len(rows) == 2 + len(speed.svi_guides())
+    assert len(rows) == 3 + len(speed.svi_guides())
     assert all(row.count(" ms)") == 2 for row in rows[2:])
     (baseline,) = (row for row in rows if row.startswith("| AutoIAFNormal |"))
     assert baseline.count("1.00 (") == 2

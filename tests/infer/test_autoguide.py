@@ -1659,3 +1659,47 @@ def test_median_first_in_inference_mode():
     with torch.inference_mode():
         guide.median()
     SVI(vector, guide, Adam({"lr": 0.01}), Trace_ELBO()).step()
+
+
+def correlated():
+    pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+
+
+@pytest.mark.parametrize("affine", ["full", "diagonal"])
+def test_set_affine_makes_the_guide_a_gaussian(affine):
+    guide = AutoHollowCNF(correlated, affine=affine).setup()
+    loc = torch.tensor([1.0, -2.0, 3.0])
+    factor = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [-3.0, 0.2, 4.0]])
+    guide.set_affine(loc, factor)
+    exact = dist.MultivariateNormal(loc, scale_tril=factor)
+    if affine == "diagonal":  # the best one with independent elements
+        exact = dist.Normal(loc, exact.precision_matrix.diagonal().rsqrt()).to_event(1)
+    z = exact.sample((5,))
+    torch.testing.assert_close(guide.get_posterior().log_prob(z), exact.log_prob(z))
+
+
+def test_set_affine_refuses_other_shapes():
+    guide = AutoHollowCNF(correlated).setup()
+    with pytest.raises(ValueError, match=r"must have shapes \(3,\) and \(3, 3\), but got \(2,\) and \(2, 2\)"):
+        guide.set_affine(torch.zeros(2), torch.eye(2))
+
+
+def test_guide_is_fresh_until_it_is_trained():
+    guide = AutoHollowCNF(correlated).setup()
+    assert guide.is_fresh()
+    with torch.no_grad():
+        guide()
+    assert guide.is_fresh()
+    SVI(correlated, guide, Adam({"lr": 0.01}), Trace_ELBO()).step()
+    assert not guide.is_fresh()
+
+
+def test_tails_without_overdispersion():
+    guide = AutoHollowCNF(correlated, tails=True).setup()
+    assert guide.tails.shape == (3, 2) and "tails" in guide.state_dict()
+    with torch.no_grad():
+        far = guide.get_transform()(torch.tensor([[8.0, 0.0, -8.0]])) - guide.get_transform()(torch.zeros(1, 3))
+    assert (far[0].abs() > torch.tensor([0.88, -1.0, 0.88])).all()  # 8 of the initial scales of 0.1, and more
+    assert not hasattr(AutoHollowCNF(correlated, tails=False, overdispersion=2.0, path_gradient=True).setup(), "tails")
+    with pytest.raises(ValueError, match="another setting of overdispersion or tails"):
+        AutoHollowCNF(correlated).load_state_dict(guide.state_dict())

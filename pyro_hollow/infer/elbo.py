@@ -1,0 +1,280 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The ELBO of guides over flat unconstrained latents, with the model as a LogDensity, as objectives of a training."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation, AutoNormal
+from torch import Tensor
+
+from pyro_hollow.transforms import HollowCNF
+
+from .autoguide import AutoHollowCNF
+from .guide_posterior import spread_normal
+from .importance import smooth
+from .log_density import LogDensity
+
+__all__ = ["DensityELBO", "InclusiveKL", "PathELBO", "supports"]
+
+_WINDOW = 50  # steps over which the spread of log weights is averaged
+# The share of the particles that are stretched, and the largest factor.
+_STRETCHED = 0.25
+_LARGEST_FACTOR = 3.0
+_LEAST_GAIN = 0.02  # nats that are worth further steps
+# Of InclusiveKL: how many samples, those of a batch, the calls for which they serve, and which of them are stretched.
+_SAMPLES, _BATCH_SIZE, _REDRAWN = 6000, 256, 60
+_SHARE, _FACTOR = 0.2, 2.0
+_CALM = 20  # solves without a rejected step, after which longer steps are tried
+
+
+def supports(guide: Any) -> bool:
+    """
+    True for guides whose distribution over all flat latents is available without Pyro's handlers.
+
+    :param guide: a guide.
+    """
+    if isinstance(guide, AutoLaplaceApproximation):
+        return False  # a point until it is fitted
+    return isinstance(guide, (AutoContinuous, AutoNormal))
+
+
+class DensityELBO:
+    r"""
+    The negative ELBO, a mean over particles,
+
+        :math:`-\mathbb{E}_{\mathbf{z} \sim q} \bigl[\log p(\mathbf{x}, \mathbf{z}) - \log q(\mathbf{z})\bigr],`
+
+    of a guide whose distribution q is reparameterised, of flat unconstrained latents.
+
+    :ivar num_particles: the number of particles.
+
+    :param guide: an AutoContinuous or AutoNormal that is set up.
+    :param LogDensity log_density: that of the model.
+    :param int num_particles: the number of particles.
+    :param args: positional arguments of the model, and so kwargs.
+    """
+
+    def __init__(self, guide: Any, log_density: LogDensity, num_particles: int, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.guide, self.log_density, self.num_particles = guide, log_density, num_particles
+        self._variances: deque[Tensor] = deque(maxlen=_WINDOW)
+
+    def __call__(self) -> Tensor:
+        """Evaluates the negative ELBO of new particles."""
+        posterior = self.posterior()
+        z = posterior.rsample((self.num_particles,))
+        log_weights = self.log_density(z) - posterior.log_prob(z)
+        self._note(log_weights.detach()[log_weights.isfinite()])
+        return -log_weights.mean()
+
+    def posterior(self) -> Any:
+        """The distribution of the guide over flat latents."""
+        if isinstance(self.guide, AutoContinuous):
+            return self.guide.get_posterior(*self.args, **self.kwargs)
+        locs, scales = [], []
+        for name, _ in self.guide.prototype_trace.iter_stochastic_nodes():
+            loc, scale = self.guide._get_loc_and_scale(name)
+            locs.append(loc.reshape(-1))
+            scales.append(scale.reshape(-1))
+        return dist.Normal(torch.cat(locs), torch.cat(scales)).to_event(1)
+
+    @torch.no_grad()
+    def weigh(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """
+        Log weights of samples of the guide, and the samples.
+
+        :param int num_samples: the number S of samples.
+        :return: with shapes ``(S,)`` and ``(S, d)``.
+        """
+        posterior = self.posterior()
+        z = posterior.sample((num_samples,))
+        return self.log_density(z) - posterior.log_prob(z), z
+
+    def _note(self, log_weights: Tensor) -> None:
+        self._variances.append(log_weights.double().var(correction=0))
+
+    def divergence(self) -> float:
+        """
+        Half the variance of the log weights of the last steps, which comes close to the Kullback-Leibler divergence
+        from the posterior as that becomes small.
+        """
+        return torch.stack(list(self._variances)).median().item() / 2 if self._variances else math.inf
+
+    def threshold(self) -> float:
+        """The gain of the loss below which it counts as no longer falling."""
+        divergence = self.divergence()
+        return max(_LEAST_GAIN, 0.1 * divergence) if math.isfinite(divergence) else _LEAST_GAIN
+
+
+class PathELBO(DensityELBO):
+    r"""
+    The negative ELBO of an :class:`AutoHollowCNF`, differentiated along the path of each particle alone [1],
+
+        :math:`\nabla_\phi = \mathbb{E} \, (\partial \mathbf{z} / \partial \phi)^T
+        \nabla_\mathbf{z} \bigl(\log q - \log p\bigr),`
+
+    which has no noise where the guide is exact. The ODE solve that computes z also computes the score of q.
+
+    In half of the particles one coordinate of the base sample is multiplied by U(1, 3), so that the guide learns tails
+    in which hardly any sample would lie. Where the guide is exact, the gradient of these particles vanishes, too. Far
+    out the gradient of a model may have any size: each particle's gradient is clipped to the norm of its score, in the
+    coordinates of the affine map.
+
+    :param guide: an AutoHollowCNF that is set up.
+    :param LogDensity log_density: that of the model.
+    :param int num_particles: the number of particles.
+
+    References:
+
+    [1] Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for
+    Variational Inference. [arXiv:1703.09194]
+    """
+
+    guide: AutoHollowCNF
+
+    def __init__(
+        self, guide: AutoHollowCNF, log_density: LogDensity, num_particles: int, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(guide, log_density, num_particles, *args, **kwargs)
+        flows: Any = guide.flows
+        self._lengths = [_StepLength(flow) for flow in flows if flow.solver.adaptive]
+
+    def close(self) -> None:
+        """Restores the solvers of the flows."""
+        for each in self._lengths:
+            each.flow.solver = each.solver
+
+    def __call__(self) -> Tensor:
+        """Evaluates the negative ELBO of new particles, and adds its gradient to those of the parameters."""
+        x, near = self._base_sample()
+        transforms: Any = self.guide.get_transform().parts  # type: ignore[attr-defined]
+        y, score = x, -x
+        log_q = -0.5 * x.double().square().sum(-1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
+        for transform in transforms:
+            y, ladj, score = transform.call_and_score(y, score)
+            log_q = log_q - ladj.detach()
+        for each in self._lengths:
+            each.update()
+        value, gradient = self.log_density.value_and_gradient(y)
+        bar = _restrained(score - gradient, score, transforms[-1].transposed())
+        finite = value.isfinite()  # from other particles nothing can be learned
+        y.backward(torch.where(finite.unsqueeze(-1), bar, 0.0) / self.num_particles)
+        log_weights = (value - log_q)[near][finite[near]]
+        if len(log_weights) == 0:
+            return log_q.new_full((), math.inf)
+        self._note(log_weights)
+        return -log_weights.mean()
+
+    def _base_sample(self) -> tuple[Tensor, Tensor]:
+        """Base samples, and the indices of those that are not stretched."""
+        size, dim = self.num_particles, self.log_density.dim
+        x = spread_normal(size, dim, self.guide.affine)
+        count = min(int(_STRETCHED * size), size - 2)
+        if count < 1:
+            return x, torch.arange(size)
+        chosen = torch.randint(dim, (count, 1), device=x.device)
+        factor = 1.0 + (_LARGEST_FACTOR - 1.0) * torch.rand(count, 1).to(x)
+        # Sobol points come in no order, so that the first ones are as good as any.
+        head = x[:count].scatter(1, chosen, x[:count].gather(1, chosen) * factor)
+        return torch.cat([head, x[count:]]), torch.arange(count, size)
+
+
+class InclusiveKL:
+    r"""
+    The divergence that the ELBO leaves out, up to a constant,
+
+        :math:`\mathrm{KL}(p \,\|\, q) = -\mathbb{E}_{\mathbf{z} \sim p} \log q(\mathbf{z}) + \mathrm{const},`
+
+    on samples of the guide that are resampled by their importance weights [1]. It is large where the guide misses a
+    part of the posterior, however small, while the ELBO hardly notices: it makes importance weights lighter. Base
+    samples have a coordinate stretched now and then, which their weights allow for.
+
+    :param PathELBO objective: of a guide that is close to the posterior already.
+
+    References:
+
+    [1] Olivier Cappé, Randal Douc, Arnaud Guillin, Jean-Michel Marin, Christian P. Robert.
+    Adaptive Importance Sampling in General Mixture Classes. [arXiv:0710.4242]
+    """
+
+    def __init__(self, objective: PathELBO) -> None:
+        self.objective = objective
+        self._calls, self._draws = 0, objective.guide.affine.new_zeros(0)
+
+    def __call__(self) -> Tensor:
+        """Evaluates it on a batch; every few calls the samples are drawn anew."""
+        if self._calls % _REDRAWN == 0:
+            self._draws = self._resampled()
+        self._calls += 1
+        batch = self._draws[torch.randint(len(self._draws), (_BATCH_SIZE,), device=self._draws.device)]
+        return -self.objective.posterior().log_prob(batch).mean()
+
+    @torch.no_grad()
+    def _resampled(self) -> Tensor:
+        x, log_q = self._base_sample()
+        y = x
+        for transform in self.objective.posterior().transforms:
+            before, y = y, transform(y)
+            log_q = log_q - transform.log_abs_det_jacobian(before, y)
+        log_weights = self.objective.log_density(y) - log_q
+        weights = smooth(log_weights.to("cpu", torch.float64).nan_to_num(nan=-math.inf)).weights
+        return y[torch.multinomial(weights, len(y), replacement=True).to(y.device)]
+
+    def _base_sample(self) -> tuple[Tensor, Tensor]:
+        r"""
+        Samples of which some have one coordinate stretched by s, and their log densities,
+        :math:`\log \phi(x) + \log (1 - a + \frac{a}{d} \sum_i \phi(x_i / s) / (s \phi(x_i)))`.
+        """
+        dim, like = self.objective.log_density.dim, self.objective.guide.affine
+        x = torch.randn(_SAMPLES, dim).to(like)
+        chosen = torch.randint(dim, (_SAMPLES, 1)).to(like.device)
+        stretched = x.scatter(1, chosen, _FACTOR * x.gather(1, chosen))
+        x = torch.where((torch.rand(_SAMPLES, 1) < _SHARE).to(like.device), stretched, x)
+        squares = x.double().square()
+        ratios = (0.5 * (1 - _FACTOR**-2) * squares).exp().mean(-1) / _FACTOR
+        log_normal = -0.5 * (squares.sum(-1) + dim * math.log(2 * math.pi))
+        return x, log_normal + torch.log1p(_SHARE * (ratios - 1))
+
+
+class _StepLength:
+    """
+    Begins each solve of a flow in training with steps as long as the one before needed: a step that is rejected costs
+    an evaluation of every stage. Longer ones are tried now and then.
+
+    :ivar solver: the flow's own solver.
+
+    :param flow: the flow.
+    """
+
+    def __init__(self, flow: HollowCNF) -> None:
+        self.flow, self.solver = flow, flow.solver
+        self._count, self._calm = 1, 0
+
+    def update(self) -> None:
+        """Looks at the latest solve."""
+        stats, before = self.flow.last_solve, self._count
+        if stats is None:
+            return
+        self._calm = 0 if stats.rejected else self._calm + 1
+        if stats.rejected:
+            self._count = stats.accepted
+        elif self._calm >= _CALM and self._count > 1:
+            self._count, self._calm = self._count - 1, 0
+        if self._count != before and not self.solver.options:
+            options = {"first_step": self.flow.time / self._count} if self._count > 1 else {}
+            self.flow.solver = replace(self.solver, options=options)
+
+
+def _restrained(gradient: Tensor, score: Tensor, transposed: Any) -> Tensor:
+    """Gradients that are at most as long as the scores, and zero where they are not finite."""
+    length, largest = transposed(gradient).norm(dim=-1), transposed(score).norm(dim=-1)
+    cut = (largest / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1.0).unsqueeze(-1)
+    return torch.where((gradient * cut).isfinite(), gradient * cut, 0.0)

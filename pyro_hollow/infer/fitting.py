@@ -1,0 +1,545 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fits a posterior to a Pyro model, in one call."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from pyro_hollow.infer.autoguide import AutoHollowCNF
+from pyro_hollow.infer.diagnostics import GuideDiagnostics, Pair, describe, diagnose
+from pyro_hollow.infer.elbo import DensityELBO, InclusiveKL, PathELBO, supports
+from pyro_hollow.infer.gaussian import GaussianFit, fit_gaussian
+from pyro_hollow.infer.guide_posterior import spread_normal
+from pyro_hollow.infer.importance import smooth
+from pyro_hollow.infer.inference_data import import_arviz
+from pyro_hollow.infer.log_density import LogDensity
+from pyro_hollow.infer.model_density import is_marked
+from pyro_hollow.infer.report import draw, page
+from pyro_hollow.train import ELBO, Training, train
+from pyro_hollow.train.schedule import mean
+
+if TYPE_CHECKING:
+    from arviz import InferenceData
+
+__all__ = ["Fit", "fit"]
+
+_NUM_PARTICLES = 32  # of models and guides that are run by Pyro's handlers, or one particle at a time
+_PARTICLES = {"plate": "particles in a plate", "vmap": "particles by vmap", "one by one": "one particle at a time"}
+_RATE = 0.01
+# The affine map is nearly right at the start, and Adam would undo it at the rate of the networks.
+_AFFINE_RATE = 0.1
+_INITIAL_SCALE = 0.1
+_UNIFORM_STARTS = 8
+_MAX_RATE = 8.0  # e^8 is the most by which the flow changes a scale: the necks of hierarchical models are narrow
+_MAX_STEPS = 4000
+_NUM_SAMPLES = 4000  # that are weighed
+_BATCH_SIZE = 1000  # of those, at once
+# Weights with a smaller k-hat are light. Without a flow they must be worth a large share of the samples, too.
+_LIGHT, _GAUSSIAN_SHARE = 0.5, 0.95
+# Training goes on while they are worth a smaller share: how often, how many steps, with how many times the particles.
+_LOW_SHARE, _EXTENSIONS, _EXTENSION_STEPS, _MORE_PARTICLES = 0.1, 2, 300, 3
+# Weights that are not light are made lighter in so many steps, unless they are worth a smaller share.
+_TAIL_STEPS, _TAIL_RATE, _LEAST_SHARE = 180, 0.003, 0.02
+
+
+def fit(
+    model: Callable[..., Any],
+    *args: Any,
+    guide: Any = None,
+    num_steps: int | None = None,
+    num_particles: int | None = None,
+    seed: int | None = None,
+    compile: bool | str = "auto",
+    time_limit: float | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Fit:
+    r"""
+    Fits a posterior to a Pyro model and its data, judges it, and corrects it by importance weights.
+
+    Usage::
+
+        result = fit(model, data)
+        print(result)  # the verdict first
+        arviz.summary(result.posterior)
+
+    A Gaussian over all latents is fitted first, by natural gradients from the best of a few moderate points
+    (:func:`~pyro_hollow.infer.gaussian.fit_gaussian`). From there an :class:`AutoHollowCNF` is trained by path
+    gradients, until its ELBO no longer rises and the learning rate has fallen to zero, for at most 4,000 steps;
+    :meth:`Fit.resume` takes more. The flow is skipped if the Gaussian is so close that it would gain nothing. While few
+    samples carry the weight, training goes on with more particles; if the k-hat is large, the tails are trained on
+    weighted samples (:class:`~pyro_hollow.infer.elbo.InclusiveKL`). The model is evaluated as a :class:`LogDensity`.
+    Steps that fail are taken back (:func:`~pyro_hollow.train.train`). In the end :func:`diagnose` computes the
+    importance weights of 4,000 draws. ``Ctrl-C`` ends the training early; the guide trained so far is diagnosed.
+
+    ``fit`` does not search for modes in which the guide has no draws; ``diagnose(model, result.guide, *args,
+    restarts=64)`` does, if the model allows a plate of particles (see :class:`LogDensity`). Without one it is slower,
+    and gets 1,000 corrected draws in place of 4,000, as each is predicted by itself.
+
+    :param callable model: a Pyro model with continuous latents; discrete ones must be marked for enumeration.
+    :param args: positional arguments of the model.
+    :param guide: one of Pyro's guides, or an :class:`AutoHollowCNF` with settings of your own. None for the default.
+        Parameters of the guide, and of the model, are trained where they are.
+    :param num_steps: the number of training steps. None to train until the ELBO no longer rises, at most 4,000 steps.
+    :param num_particles: the samples of the guide in each step. None for the batch size of :class:`LogDensity`, or 32
+        where particles are evaluated one by one.
+    :param seed: the seed of torch's random numbers, whose global state is then restored after the fit. None to use
+        and advance the global state.
+    :param compile: "auto" to solve the flow in compiled code if there is a C compiler, and to compile the model in the
+        background once that is worthwhile; True to compile both first; False for neither.
+    :param time_limit: seconds of wall time after which the training ends.
+    :param bool progress: False for no bar.
+    :param kwargs: keyword arguments of the model; pass arguments with one of the names above by position.
+    :return: the fit.
+    :raises ValueError: for arguments out of range, and models and guides that :class:`LogDensity` or :func:`diagnose`
+        refuse.
+    :raises ArithmeticError: if the density is finite at no start, or steps fail again and again.
+    :raises ImportError: without ArviZ.
+    """
+    import_arviz()  # before long work
+    for name, value in (("num_steps", num_steps), ("num_particles", num_particles)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, but got {value}")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit must be positive, but got {time_limit}")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', but got {compile!r}")
+    run = _Run(model, args, kwargs, guide, num_particles, compile)
+    return run.go(Fit(model, args, kwargs), num_steps, time_limit, seed, progress)
+
+
+@dataclass(repr=False)
+class Fit:
+    """
+    A fitted posterior; ``print`` it for a page with the verdict and a table of latents.
+
+    :ivar guide: the guide.
+    :ivar GuideDiagnostics diagnostics: the findings of :func:`diagnose`. None for a model that subsamples its data, as
+        the weights would be those of another posterior.
+    :ivar Training training: the course of the training; its ``events`` list failed steps, restarts and the like.
+    :ivar GaussianFit gaussian: the Gaussian that the flow started from; None for other guides.
+    :ivar bool gaussian_suffices: True if the flow was not trained, as the Gaussian alone was close enough.
+    :ivar float seconds: the wall time of the fit and of all calls of :meth:`resume`.
+    :ivar str backend: the way in which the model and the flow were evaluated.
+    :ivar reasons: the reasons why no faster way was possible; empty if there are none.
+    :ivar int num_particles: the number of samples of the guide in each step.
+    :ivar compile: the argument of :func:`fit`.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    guide: Any = None
+    diagnostics: GuideDiagnostics | None = None
+    training: Training | None = None
+    gaussian: GaussianFit | None = None
+    gaussian_suffices: bool = False
+    seconds: float = 0.0
+    backend: str = ""
+    reasons: list[str] = field(default_factory=list)
+    num_particles: int | None = None
+    compile: bool | str = "auto"
+
+    @property
+    def elbo(self) -> float:
+        """The evidence lower bound: a mean over the weighted draws, or over the last 100 steps if there are none."""
+        if self.diagnostics is not None:
+            return self.diagnostics.elbo
+        return -mean(self.losses[-100:].tolist())
+
+    @property
+    def log_evidence(self) -> float:
+        """An estimate of the log evidence, the logarithm of the mean importance weight; nan without diagnostics."""
+        return math.nan if self.diagnostics is None else self.diagnostics.iw_bound
+
+    @property
+    def log_evidence_error(self) -> float:
+        """The standard error of :attr:`log_evidence`; far too small where the k-hat is large."""
+        return math.nan if self.diagnostics is None else self.diagnostics.iw_bound_error
+
+    @property
+    def khat(self) -> float:
+        """The k-hat of the importance weights; nan without diagnostics."""
+        return math.nan if self.diagnostics is None else self.diagnostics.khat
+
+    @property
+    def ess(self) -> float:
+        """The effective sample size of the weighted draws; nan without diagnostics."""
+        return math.nan if self.diagnostics is None else self.diagnostics.ess
+
+    @property
+    def posterior(self) -> InferenceData:
+        """
+        Corrected draws for ArviZ; see :class:`GuideDiagnostics`.
+
+        :raises ValueError: for a model that subsamples its data.
+        """
+        if self.diagnostics is None:
+            raise ValueError(
+                "there are no corrected draws for a model that subsamples its data; call diagnose(model, fit.guide, "
+                "...) with all the data"
+            )
+        return self.diagnostics.posterior
+
+    @property
+    def losses(self) -> Tensor:
+        """The loss at each step of the training, in nats."""
+        return torch.zeros(0) if self.training is None else self.training.losses
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of the training."""
+        return len(self.losses)
+
+    @property
+    def converged(self) -> bool:
+        """True if the training ended because the ELBO no longer rose, or the Gaussian sufficed."""
+        return self.gaussian_suffices or (self.training is not None and self.training.converged)
+
+    def resume(
+        self,
+        num_steps: int | None = None,
+        *,
+        time_limit: float | None = None,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> Fit:
+        """
+        Trains this fit's guide further, diagnoses it again, and updates this fit in place.
+
+        :param num_steps: the number of further steps. None to train until the ELBO no longer rises, at most 4,000
+            further steps.
+        :param time_limit: seconds of wall time after which the training ends.
+        :param seed: the seed of torch's random numbers; see :func:`fit`.
+        :param bool progress: False for no bar.
+        :return: this fit itself.
+        """
+        run = _Run(self.model, self.args, self.kwargs, self.guide, self.num_particles, self.compile)
+        return run.go(self, num_steps, time_limit, seed, progress)
+
+    def save(self, path: str | Path) -> None:
+        """
+        Saves all but the model, its parameters in Pyro's store and its arguments.
+
+        :param path: the path of the file.
+        """
+        if not isinstance(self.guide, AutoGuide):
+            raise ValueError(
+                f"save keeps the parameters of automatic guides, but those of a {type(self.guide).__name__} are in "
+                "Pyro's store: save that by pyro.get_param_store().save"
+            )
+        kept = {name: getattr(self, name) for name in vars(self) if name not in ("model", "args", "kwargs")}
+        torch.save(kept, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Fit:
+        """
+        Loads a fit that :meth:`save` wrote. The file is a pickle: load only files that you trust.
+
+        :param path: the path of the file.
+        :param model: the model of the fit; :meth:`resume` and :meth:`plot` run it.
+        :param args: positional arguments of the model, those of the fit.
+        :param kwargs: keyword arguments of the model, likewise.
+        :return: the fit.
+        """
+        kept = torch.load(path, weights_only=False)
+        kept["guide"]._model = (model,)
+        return cls(model, args, kwargs, **kept)
+
+    def __str__(self) -> str:
+        return page(self)
+
+    __repr__ = __str__
+
+    def plot(self) -> Any:
+        """
+        Draws the loss, the largest weights, the pair of latents with the largest rank correlation, and the marginals of
+        the first four latents beside the prior.
+
+        :return: the figure.
+        :raises ImportError: without matplotlib.
+        """
+        return draw(self)
+
+
+class _Run:
+    """Fits a guide, or goes on with one."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        guide: Any,
+        num_particles: int | None,
+        compile: bool | str,
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.guide, self.num_particles, self.compile = guide, num_particles, compile
+        self.begin = time.perf_counter()
+        self.deadline: float | None = None
+        self.log_density: LogDensity | None = None
+
+    def go(self, result: Fit, num_steps: int | None, time_limit: float | None, seed: int | None, progress: bool) -> Fit:
+        """Trains and judges the guide."""
+        self.deadline = None if time_limit is None else self.begin + time_limit
+        # Parameters made in inference mode could not learn.
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            objective = self._prepare(result)
+            if result.gaussian is None or not result.gaussian.interrupted:
+                try:
+                    self._improve(result, objective, num_steps, "guide" if progress else False)
+                except KeyboardInterrupt:  # between trainings, which end by themselves
+                    result.reasons.append("Ctrl-C ended the fit before it was done")
+            else:
+                result.reasons.append("Ctrl-C ended the fit of the Gaussian")
+            result.diagnostics = self._judge(result, objective)
+        self._tell(result)
+        result.seconds += time.perf_counter() - self.begin
+        return result
+
+    def _improve(self, result: Fit, objective: Any, num_steps: int | None, progress: bool | str) -> None:
+        """Trains the guide, and goes on with more particles while its weights are too heavy."""
+        free = num_steps is None and isinstance(objective, PathELBO)
+        result.gaussian_suffices = False
+        if free and result.training is None:
+            weights = _Weights(objective)
+            result.gaussian_suffices = weights.khat < _LIGHT and weights.share > _GAUSSIAN_SHARE
+            if result.gaussian_suffices:
+                return
+        training = result.training = self._train(objective, num_steps, result.training, progress)
+        for _ in range(_EXTENSIONS if free else 0):
+            if training.stopped not in ("plateau", "max_steps") or _Weights(objective).share > _LOW_SHARE:
+                break
+            objective.num_particles *= _MORE_PARTICLES
+            event = (
+                f"Step {training.num_steps}: few samples carried the weight, so that it went on with "
+                f"{objective.num_particles} particles."
+            )
+            training = result.training = self._train(objective, _EXTENSION_STEPS, training, progress)
+            training.events.append(event)
+        if free and training.stopped in ("plateau", "max_steps", "num_steps"):
+            self._lighten(objective, training, progress)
+
+    def _lighten(self, objective: PathELBO, training: Training, progress: bool | str) -> None:
+        """Trains the tails on weighted samples if weights are heavy, and undoes it if they get no lighter."""
+        before = _Weights(objective)
+        if before.khat < _LIGHT or not before.share > _LEAST_SHARE:
+            return
+        kept = [parameter.detach().clone() for parameter in self.guide.parameters()]
+        steps = self._train(InclusiveKL(objective), _TAIL_STEPS, None, progress, schedule="cosine", rate=_TAIL_RATE)
+        after = _Weights(objective)
+        better = after.khat < before.khat and after.share > 0.5 * before.share
+        what = "trained the tails in" if better else "undid"
+        training.events.append(
+            f"Step {training.num_steps}: {what} {steps.num_steps} steps on weighted samples; k-hat {before.khat:.2f} "
+            f"before and {after.khat:.2f} after."
+        )
+        if not better:
+            with torch.no_grad():
+                for parameter, value in zip(self.guide.parameters(), kept, strict=True):
+                    parameter.copy_(value)
+
+    def _train(
+        self,
+        objective: Any,
+        num_steps: int | None,
+        earlier: Training | None,
+        progress: bool | str,
+        schedule: Any = "plateau",
+        rate: float = _RATE,
+    ) -> Training:
+        left = None if self.deadline is None else max(self.deadline - time.perf_counter(), 1e-3)
+        threshold = objective.threshold if isinstance(objective, DensityELBO) else None
+        groups = self._groups(objective)
+        if not isinstance(objective, ELBO):
+            for group in groups:
+                group["lr"] = rate * group.pop("factor", 1.0)
+        try:
+            return train(
+                objective, groups, num_steps=num_steps, lr=rate, schedule=schedule, max_steps=_MAX_STEPS,
+                time_limit=left, threshold=threshold, progress=progress, resume=earlier,
+            )  # fmt: skip
+        finally:
+            if isinstance(objective, PathELBO):
+                objective.close()
+
+    def _prepare(self, result: Fit) -> Callable[[], Tensor]:
+        """Sets up guide and density, starts a fresh flow, and makes the objective."""
+        reasons: list[str] = []
+        result.reasons = reasons
+        if self.guide is None or supports(self.guide):
+            self.log_density = LogDensity(
+                self.model, *self.args, compile=self.compile, batch_size=self.num_particles, **self.kwargs
+            )
+        if self.guide is None:
+            self.guide = self._make_guide(reasons)
+        elif result.training is None:
+            self._set_up_guide()
+        if self.log_density is not None and not self._shares_latents(self.log_density):
+            reasons.append("the guide has other latents than the model, in another order, or some that the model masks")
+            self.log_density = None
+        density = self.log_density
+        if self.num_particles is None:
+            batch = 1 if density is None else density.batch_size
+            self.num_particles = batch if batch > 1 else _NUM_PARTICLES
+        result.guide, result.num_particles, result.compile = self.guide, self.num_particles, self.compile
+        if density is None:
+            reasons.append(f"{type(self.guide).__name__} is sampled by Pyro's handlers, and so is the model")
+            estimator = TraceEnum_ELBO if self._marked() else Trace_ELBO
+            loss = estimator(num_particles=self.num_particles, vectorize_particles=True)
+            return ELBO(self.model, self.guide, *self.args, loss=loss, **self.kwargs)
+        path = isinstance(self.guide, AutoHollowCNF) and not density.parameters
+        if path and self.guide.is_fresh():
+            result.gaussian = self._start(density)
+            self.guide.set_affine(result.gaussian.loc, result.gaussian.scale_tril)
+            self.guide.progress[0] = max(1, self.guide._warm_up)
+        objective = PathELBO if path else DensityELBO
+        return objective(self.guide, density, self.num_particles, *self.args, **self.kwargs)
+
+    def _shares_latents(self, density: LogDensity) -> bool:
+        """Tells that the flat latents of the guide are those of the density, in the same order."""
+        names = [name for name, _ in self.guide.prototype_trace.iter_stochastic_nodes()]
+        masked = density.masks and not isinstance(self.guide, AutoHollowCNF)
+        return names == density.sites and not masked
+
+    def _marked(self) -> bool:
+        """Tells that the model has sites that are enumerated."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            trace = poutine.block(poutine.trace(self.model).get_trace)(*self.args, **self.kwargs)
+        return any(map(is_marked, trace.nodes.values()))
+
+    def _make_guide(self, reasons: list[str]) -> AutoHollowCNF:
+        model = poutine.block(self.model, hide_fn=is_marked)
+        for native in (True, False) if self.compile else (False,):
+            guide = AutoHollowCNF(
+                model, init_scale=_INITIAL_SCALE, warm_up=0, path_gradient=True, tails=True, compile=native,
+                max_rate=_MAX_RATE,
+            )  # fmt: skip
+            # A name of its own, so that Pyro's store cannot give it the parameters of another fit.
+            guide._pyro_set_supermodule(f"{guide._pyro_name}_{uuid.uuid4().hex[:8]}", guide._pyro_context)
+            try:
+                return guide.setup(*self.args, **self.kwargs)
+            except RuntimeError as error:
+                if not native or self.compile is True or "compile" not in str(error):
+                    raise
+                reasons.append(f"the flow is not compiled ({error})")
+        raise AssertionError
+
+    def _set_up_guide(self) -> None:
+        """Calls a guide of the user's, so that it has its parameters, or those of Pyro's store under its names."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            poutine.block(self.guide)(*self.args, **self.kwargs)
+
+    def _groups(self, objective: Any) -> list[dict[str, Any]]:
+        """Groups of parameters with their learning rates."""
+        if isinstance(objective, ELBO):
+            return [{"params": objective.parameters()}]
+        slow = [self.guide.affine] if isinstance(self.guide, AutoHollowCNF) else []
+        known = {id(parameter) for parameter in slow}
+        fast = [p for p in self.guide.parameters() if id(p) not in known]
+        fast += [] if isinstance(objective, InclusiveKL) else objective.log_density.parameters.values()
+        groups: list[dict[str, Any]] = [{"params": fast}] if fast else []
+        return [*groups, {"params": slow, "factor": _AFFINE_RATE}] if slow else groups
+
+    def _start(self, density: LogDensity) -> GaussianFit:
+        """A Gaussian around the best of a few moderate points, fitted."""
+        dim, like = density.dim, density.start
+        points = [like, 0.5 * like, torch.zeros_like(like)]
+        points += [4 * torch.rand(dim).to(like) - 2 for _ in range(_UNIFORM_STARTS)]
+        if self.guide._init_loc_fn is not None:
+            points = [self.guide._init_loc()]
+        noise = _INITIAL_SCALE * spread_normal(_NUM_PARTICLES, dim, like)
+        best, chosen = (-1, -math.inf), None
+        for point in points:
+            value, gradient = density.value_and_gradient(point + noise)
+            finite = value.isfinite() & gradient.isfinite().all(-1)
+            score = int(finite.sum()), value[finite].double().mean().item()
+            if bool(finite.any()) and score > best:
+                best, chosen = score, point
+        if chosen is None:
+            raise ArithmeticError(
+                f"the log joint density of the model is finite around none of {len(points)} starts; look at its priors "
+                "and data, or give a guide with an init_loc_fn"
+            )
+        start = GaussianFit(chosen, _INITIAL_SCALE * torch.eye(dim).to(like))
+        return fit_gaussian(density.value_and_gradient, start, report=lambda *_: self._time_is_over())
+
+    def _time_is_over(self) -> bool:
+        return self.deadline is not None and time.perf_counter() > self.deadline
+
+    def _judge(self, result: Fit, objective: Any) -> GuideDiagnostics | None:
+        density = self.log_density
+        if density is not None and density.subsamples:
+            names = ", ".join(map(repr, density.subsamples))
+            result.reasons.append(f"no draws were weighed, as plate {names} subsamples the data")
+            return None
+        try:
+            if density is None or density.particles == "plate":
+                return diagnose(self.model, self.guide, *self.args, batch_size=_BATCH_SIZE, **self.kwargs)
+            return self._weigh(objective, density)
+        except KeyboardInterrupt:
+            result.reasons.append("no draws were weighed, as Ctrl-C was pressed")
+            return None
+        except ValueError as error:
+            line = str(error).splitlines()[0]  # Pyro adds whole tensors
+            result.reasons.append(f"no draws were weighed ({line})")
+            warnings.warn(f"fit has no diagnostics, as diagnose failed: {line}", stacklevel=4)
+            return None
+
+    @torch.no_grad()
+    def _weigh(self, objective: Any, density: LogDensity) -> GuideDiagnostics:
+        """Findings for a model that allows no further plate, of fewer draws, as each is predicted by itself."""
+        pair = Pair(self.model, self.guide, self.args, self.kwargs, None)
+        log_weights, z = objective.weigh(_NUM_SAMPLES)
+        log_weights = log_weights.to("cpu", torch.float64)
+        samples = {name: values.cpu() for name, values in density.constrain(z).items()}
+        return describe(
+            pair, log_weights, samples, _NUM_SAMPLES // 4, None, log_likelihood=True, posterior_predictive=True
+        )
+
+    def _tell(self, result: Fit) -> None:
+        """Says how model and flow were evaluated."""
+        density = self.log_density
+        if density is None:
+            result.backend = "model and guide by Pyro's handlers"
+            return
+        how = "by Pyro's handlers" if density.backend == "handlers" else f"as a {density.backend} graph"
+        particles = {
+            "plate": "particles in a plate",
+            "vmap": "particles by vmap",
+            "one by one": "one particle at a time",
+        }
+        result.backend = f"model {how.replace('graph graph', 'graph')}, {particles[density.particles]}"
+        if density.reason:
+            result.reasons.append(density.reason)
+        for flow in getattr(self.guide, "flows", ())[:1] if isinstance(self.guide, AutoHollowCNF) else ():
+            result.backend += f"; flow by the {flow.last_solve.backend} stepper"
+
+
+class _Weights:
+    """The k-hat of the importance weights of a guide's samples, and the share of the samples that they are worth."""
+
+    def __init__(self, objective: PathELBO) -> None:
+        log_weights, _ = objective.weigh(_NUM_SAMPLES)
+        self.khat, self.share = math.inf, 0.0
+        if bool(log_weights.isfinite().any()) and not bool(log_weights.isnan().any()):
+            found = smooth(log_weights.to("cpu", torch.float64))
+            self.khat, self.share = found.khat, 1 / found.weights.square().sum().item() / _NUM_SAMPLES

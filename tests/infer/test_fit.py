@@ -1,0 +1,503 @@
+# Copyright Contributors to the pyro_hollow project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from matplotlib.figure import Figure
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+
+from pyro_hollow import AutoHollowCNF, Fit, fit
+from pyro_hollow.infer import fitting
+from pyro_hollow.infer.elbo import InclusiveKL, PathELBO
+from pyro_hollow.infer.log_density import LogDensity
+from pyro_hollow.train import train
+
+DATA = torch.tensor([0.5, 1.5, 2.5])
+QUICK = {"num_steps": 60, "num_particles": 32, "seed": 0, "compile": False, "progress": False}
+
+
+def conjugate(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+# Of z given DATA: precision 1 + 3.
+MEAN, SCALE = DATA.sum().item() / 4, 0.5
+EVIDENCE = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1.0).log_prob(DATA).item()
+
+
+def funnel():
+    v = pyro.sample("v", dist.Normal(0.0, 1.5))
+    pyro.sample("x", dist.Normal(torch.zeros(3), (v / 2).exp().unsqueeze(-1)).to_event(1))
+
+
+def check_conjugate(result, tolerance=0.05):
+    draws = torch.as_tensor(result.posterior["posterior"]["z"].values)
+    assert draws.mean().item() == pytest.approx(MEAN, abs=tolerance)
+    assert draws.std().item() == pytest.approx(SCALE, rel=2 * tolerance)
+    assert result.log_evidence == pytest.approx(EVIDENCE, abs=tolerance)
+
+
+def test_conjugate_posterior_and_evidence():
+    result = fit(conjugate, DATA, **QUICK)
+    check_conjugate(result, 0.03)
+    assert result.elbo == pytest.approx(EVIDENCE, abs=0.03)
+    assert result.ess > 3900 and result.diagnostics.reliable
+    assert result.log_evidence_error < 0.01
+    assert result.num_steps == 60 == len(result.losses) and result.seconds > 0
+    assert result.backend == "model as a graph, particles in a plate; flow by the hollow stepper"
+    assert not result.reasons
+
+
+def test_all_else_is_left_alone():
+    pyro.param("mine", torch.tensor(1.0))
+    state = torch.get_rng_state()
+    fit(conjugate, DATA, **QUICK)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(pyro.get_param_store().keys()) == ["mine"] or all(
+        name == "mine" or name.startswith("AutoHollowCNF_") for name in pyro.get_param_store()
+    )
+
+
+def test_seed_decides():
+    first, second = (fit(conjugate, DATA, **QUICK) for _ in range(2))
+    assert torch.equal(first.losses, second.losses)
+    assert first.elbo == second.elbo
+    other = fit(conjugate, DATA, **{**QUICK, "seed": 1})
+    assert not torch.equal(first.losses, other.losses)
+
+
+def test_fits_of_two_models_do_not_share_parameters():
+    first = fit(conjugate, DATA, **QUICK)
+    second = fit(conjugate, DATA + 10, **QUICK)
+    for result, data in ((first, DATA), (second, DATA + 10)):
+        median = result.guide.median(data)["z"].item()
+        assert median == pytest.approx(data.sum().item() / 4, abs=0.1)
+        drawn = Predictive(conjugate, guide=result.guide, num_samples=200)(data)["z"]
+        assert drawn.mean().item() == pytest.approx(data.sum().item() / 4, abs=0.2)
+
+
+def test_flow_improves_on_the_gaussian():
+    result = fit(funnel, **{**QUICK, "num_steps": 300})
+    # By quadrature the best Gaussian is no better than this; the evidence is 0.
+    assert result.gaussian.elbo < -0.3
+    assert -0.1 < result.elbo < 0.01
+
+
+def test_model_that_allows_no_plate():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z[0] + z[1], 1.0), obs=x)
+
+    result = fit(model, torch.tensor(1.5), **QUICK)
+    assert result.backend.startswith("model as a graph, particles by vmap")
+    assert result.log_evidence == pytest.approx(dist.Normal(0.0, 3**0.5).log_prob(torch.tensor(1.5)).item(), abs=0.05)
+    draws = torch.as_tensor(result.posterior["posterior"]["z"].values).reshape(-1, 2)
+    torch.testing.assert_close(draws.mean(0), torch.tensor([0.5, 0.5]), atol=0.1, rtol=0)
+    assert set(result.posterior.groups()) >= {"posterior", "log_likelihood", "posterior_predictive", "observed_data"}
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoIAFNormal])
+def test_guides_of_pyro(kind):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        pyro.sample("y", dist.Normal(w, 1.0).to_event(1), obs=torch.zeros(2))
+
+    guide = kind(model)
+    result = fit(model, DATA, guide=guide, **{**QUICK, "num_steps": 600})
+    assert result.guide is guide
+    assert result.backend.startswith("model as a graph")
+    draws = torch.as_tensor(result.posterior["posterior"]["z"].values)
+    assert draws.mean().item() == pytest.approx(MEAN, abs=0.1)
+
+
+def test_guide_by_hand_goes_by_the_handlers():
+    def guide(x):
+        loc, log_scale = pyro.param("loc", torch.tensor(0.0)), pyro.param("log_scale", torch.tensor(0.0))
+        pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+    result = fit(conjugate, DATA, guide=guide, **{**QUICK, "num_steps": 400})
+    check_conjugate(result, 0.1)
+    assert result.backend == "model and guide by Pyro's handlers"
+    assert "function is sampled by Pyro's handlers" in result.reasons[0]
+
+
+def test_guide_with_settings():
+    guide = AutoHollowCNF(conjugate, hidden_dims=[8], transformer_dim=4)
+    result = fit(conjugate, DATA, guide=guide, **QUICK)
+    check_conjugate(result)
+    assert result.guide is guide and result.gaussian is not None
+    assert guide.flows[0].solver == AutoHollowCNF(conjugate).solver  # as before the training
+
+
+def test_guide_that_was_trained_is_not_started_anew():
+    guide = fit(conjugate, DATA, **QUICK).guide
+    result = fit(conjugate, DATA, guide=guide, **{**QUICK, "num_steps": 1})
+    assert result.gaussian is None
+    check_conjugate(result)
+
+
+def test_discrete_latents_are_summed():
+    def mixture(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc + 4 * k, 1.0), obs=x)
+
+    x = torch.tensor([0.1, -0.4, 4.3])
+    result = fit(mixture, x, **QUICK)
+    grid = torch.linspace(-10, 10, 4001)
+    terms = torch.stack([dist.Normal(grid.unsqueeze(-1) + 4 * k, 1.0).log_prob(x) for k in (0, 1)])
+    joint = (terms + torch.tensor([0.7, 0.3]).log().view(2, 1, 1)).logsumexp(0).sum(-1)
+    joint = joint + dist.Normal(0.0, 3.0).log_prob(grid)
+    assert result.log_evidence == pytest.approx((joint.logsumexp(0) + math.log(20 / 4000)).item(), abs=0.03)
+    assert list(result.posterior["guide"].data_vars) == ["loc"]
+
+
+def test_parameters_of_the_model_are_trained():
+    def empirical(x):
+        prior = pyro.param("prior", torch.tensor(0.0))
+        z = pyro.sample("z", dist.Normal(prior, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    result = fit(empirical, DATA, **{**QUICK, "num_steps": 900})
+    assert pyro.param("prior").item() == pytest.approx(DATA.mean().item(), abs=0.1)  # maximises the evidence
+    assert "parameters (prior)" in result.reasons[0]
+
+
+def test_subsampled_data():
+    x = 1 + 0.5 * torch.randn(200)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", 200, subsample_size=50) as batch:
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x[batch])
+
+    result = fit(model, **{**QUICK, "num_steps": 300})
+    assert result.guide.median()["z"].item() == pytest.approx(x.mean().item(), abs=0.05)
+    assert math.isnan(result.khat) and math.isfinite(result.elbo)
+    assert "plate 'data' subsamples" in result.reasons[-1] and "subsamples" in str(result)
+    with pytest.raises(ValueError, match="diagnose"):
+        _ = result.posterior
+
+
+def test_time_limit():
+    result = fit(funnel, seed=0, compile=False, progress=False, time_limit=0.5)
+    assert result.training.stopped == "time_limit" and not result.converged
+    assert "time_limit" in str(result)
+
+
+def test_gaussian_posterior_needs_no_flow():
+    result = fit(conjugate, DATA, seed=0, compile=False, progress=False)
+    assert result.num_particles == 64
+    assert result.gaussian_suffices and result.converged
+    assert result.num_steps == 0 and "the Gaussian of its start suffices" in str(result)
+    check_conjugate(result, 0.03)
+    result.resume(20, progress=False)
+    assert result.num_steps == 20 and not result.gaussian_suffices
+
+
+@pytest.mark.parametrize("steps", [0, 20])
+def test_interrupt_returns_what_there_is(steps, monkeypatch):
+    calls = 0
+    evaluate = PathELBO.__call__
+
+    def interrupted(self):
+        nonlocal calls
+        calls += 1
+        if calls > steps:
+            raise KeyboardInterrupt
+        return evaluate(self)
+
+    monkeypatch.setattr(PathELBO, "__call__", interrupted)
+    result = fit(conjugate, DATA, **QUICK)
+    assert result.num_steps == steps and result.training.stopped == "interrupted"
+    check_conjugate(result)
+
+
+def test_interrupt_before_there_is_anything(monkeypatch):
+    def interrupted(self, z):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LogDensity, "value_and_gradient", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(conjugate, DATA, **QUICK)
+
+
+def test_interrupt_while_draws_are_weighed(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyro_hollow.infer.fitting.diagnose", interrupted)
+    result = fit(conjugate, DATA, **QUICK)
+    assert result.num_steps == 60 and result.diagnostics is None
+    assert "Ctrl-C" in str(result)
+
+
+def test_interrupt_between_gaussian_and_flow(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyro_hollow.infer.fitting.train", interrupted)
+    result = fit(conjugate, DATA, **QUICK)
+    assert result.training is None and "Ctrl-C ended the fit before it was done" in str(result)
+    check_conjugate(result, 0.1)
+
+
+def test_interrupt_before_training_is_resumed(monkeypatch):
+    result = fit(conjugate, DATA, **QUICK)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyro_hollow.infer.fitting.LogDensity", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        result.resume(1, progress=False)
+    assert result.num_steps == 60
+    check_conjugate(result)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", [None, AutoNormal])
+def test_where_gradients_are_off(mode, kind):
+    guide = None if kind is None else kind(conjugate)
+    with mode():
+        result = fit(conjugate, DATA, guide=guide, **QUICK)
+    assert result.num_steps == 60
+    assert all(parameter.grad is not None for parameter in result.guide.parameters())
+
+
+def test_improper_priors():
+    def model(x):
+        loc = pyro.sample("loc", dist.ImproperUniform(dist.constraints.real, (), ()))
+        scale = pyro.sample("scale", dist.ImproperUniform(dist.constraints.positive, (), ()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    x = torch.linspace(-4.0, 10.0, 30)
+    result = fit(model, x, **QUICK)
+    draws = {name: torch.as_tensor(result.posterior["posterior"][name].values) for name in ("loc", "scale")}
+    # The sum of squares over the variance is chi-squared with n - 2 degrees of freedom.
+    squares = (x - x.mean()).square().sum().item()
+    assert draws["loc"].mean().item() == pytest.approx(3.0, abs=0.1)
+    assert draws["scale"].square().mean().item() == pytest.approx(squares / 26, rel=0.05)
+
+
+def test_guide_with_latents_that_the_model_masks():
+    def model(x, mask):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=mask)
+
+    x, mask = torch.tensor([0.5, 1.5, 2.5, 0.0]), torch.tensor([True, True, True, False])
+    result = fit(model, x, mask, guide=AutoNormal(model), **{**QUICK, "num_steps": 400})
+    assert result.backend == "model and guide by Pyro's handlers"
+    assert "some that the model masks" in result.reasons[0]
+    assert result.guide.median()["z"].item() == pytest.approx(MEAN, abs=0.1)
+
+
+def test_guide_with_latents_in_another_order():
+    def model(first, last, x):
+        z = {name: pyro.sample(name, dist.Normal(0.0, 1.0)) for name in (first, last)}
+        pyro.sample("x", dist.Normal(z["a"], 0.5), obs=x)
+
+    guide = AutoNormal(model)
+    guide("b", "a", torch.tensor(2.0))
+    result = fit(model, "a", "b", torch.tensor(2.0), guide=guide, **{**QUICK, "num_steps": 400})
+    assert "in another order" in result.reasons[0]
+    assert result.guide.median()["a"].item() == pytest.approx(1.6, abs=0.15)
+    assert result.guide.median()["b"].item() == pytest.approx(0.0, abs=0.15)
+
+
+def test_failed_diagnostics_are_told_in_a_line(monkeypatch):
+    def failing(*args, **kwargs):
+        raise ValueError("Expected parameter scale to be positive, but found:\ntensor([1.0, 2.0,\n -1.0])")
+
+    monkeypatch.setattr("pyro_hollow.infer.fitting.diagnose", failing)
+    with pytest.warns(UserWarning, match="no diagnostics, as diagnose failed: Expected parameter scale .* found:$"):
+        result = fit(conjugate, DATA, **QUICK)
+    assert result.diagnostics is None
+    assert result.reasons[-1].endswith("found:)")
+
+
+def test_resume_goes_on():
+    result = fit(funnel, **QUICK)
+    before, seconds = result.elbo, result.seconds
+    again = result.resume(300, seed=1, progress=False)
+    assert again is result and result.num_steps == 360
+    assert result.elbo > before and result.seconds > seconds
+
+
+def test_save_and_load(tmp_path):
+    result = fit(conjugate, DATA, **QUICK)
+    result.save(tmp_path / "fit.pt")
+    loaded = Fit.load(tmp_path / "fit.pt", conjugate, DATA)
+    assert (loaded.elbo, loaded.khat, loaded.num_steps) == (result.elbo, result.khat, result.num_steps)
+    assert torch.equal(loaded.losses, result.losses)
+    torch.testing.assert_close(loaded.guide.median(DATA), result.guide.median(DATA))
+    loaded.resume(30, seed=0, progress=False)
+    assert loaded.num_steps == 90
+    check_conjugate(loaded)
+
+
+def test_page():
+    text = str(fit(funnel, **QUICK))
+    assert text.startswith("Posterior by AutoHollowCNF: 60 steps of 32 particles, not converged")
+    for part in ("ELBO", "k-hat", "latent", "x[2]", "95 %", "Evaluated: model as a graph"):
+        assert part in text
+    assert repr(Fit(conjugate)).startswith("Posterior without a guide")
+
+
+def test_figure():
+    result = fit(funnel, **QUICK)
+    figure = result.plot()
+    assert isinstance(figure, Figure)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[:3] == ["negative ELBO", f"largest weights, k-hat {result.khat:.2f}", "most bound pair"]
+    assert titles[4:] == ["v", "x[0]", "x[1]", "x[2]"]
+    labels = [text.get_text() for text in figure.axes[4].get_legend().get_texts()]
+    assert sorted(labels) == ["posterior", "prior"]
+
+
+def test_reason_is_told_when_the_model_cannot_be_traced():
+    def branches(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        scale = 1.0 if (z > 100).any() else 1.0
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    result = fit(branches, DATA, **QUICK)
+    check_conjugate(result)
+    assert "by Pyro's handlers" in result.backend
+    assert any("decides by values of latents" in reason for reason in result.reasons)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, but got 0"),
+        ({"num_particles": 0}, "num_particles must be at least 1, but got 0"),
+        ({"compile": "yes"}, "compile must be True, False or 'auto', but got 'yes'"),
+        ({"time_limit": -1.0}, "time_limit must be positive, but got -1.0"),
+    ],
+)
+def test_arguments_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        fit(conjugate, DATA, **{**QUICK, **settings})
+
+
+def test_no_finite_start():
+    def nowhere():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", -math.inf * (1 + z**2))
+
+    with pytest.raises(ArithmeticError, match="finite around none of 11 starts"):
+        fit(nowhere, **QUICK)
+
+
+def test_model_without_latents():
+    with pytest.raises(ValueError, match="latent"):
+        fit(lambda: pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0)), **QUICK)
+
+
+def started(model, scale):
+    """A guide that is a Gaussian around zero, and its objective."""
+    guide = AutoHollowCNF(model, path_gradient=True).setup()
+    dim = guide.latent_dim
+    guide.set_affine(torch.zeros(dim), scale * torch.eye(dim))
+    return guide, PathELBO(guide, LogDensity(model, compile=False), 32)
+
+
+def test_stretched_base_samples_have_their_density():
+    _, objective = started(funnel, 1.0)
+    x, log_q = InclusiveKL(objective)._base_sample()
+    weights = (dist.Normal(0.0, 1.0).log_prob(x).sum(-1) - log_q).exp()
+    assert weights.mean().item() == pytest.approx(1.0, abs=0.01)
+    torch.testing.assert_close((weights.unsqueeze(-1) * x**2).mean(0), torch.ones(4), atol=0.1, rtol=0)
+    assert weights.max() <= 1 / (1 - 0.2)
+    assert x.abs().max() > 5  # as far as six thousand samples hardly come unstretched
+
+
+def test_inclusive_divergence_widens_a_narrow_guide():
+    def normal():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    guide, objective = started(normal, 0.6)
+    parameters = [guide.affine]
+    train(InclusiveKL(objective), parameters, num_steps=200, lr=0.01, schedule="cosine", progress=False)
+    scale = guide.get_posterior().sample((4000,)).std(0)
+    torch.testing.assert_close(scale, torch.ones(2), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "khats, event", [((0.9, 0.4), "trained the tails in 180 steps"), ((0.9, 1.1), "undid 180 steps")]
+)
+def test_tails_are_trained_where_weights_are_heavy(khats, event, monkeypatch):
+    found = iter([(2.0, 0.9), (0.6, 0.9), *((khat, 0.9) for khat in khats)])  # start, extension, before and after
+
+    class Weights:
+        def __init__(self, objective):
+            self.khat, self.share = next(found)
+
+    monkeypatch.setattr(fitting, "_Weights", Weights)
+    monkeypatch.setattr(fitting, "_MAX_STEPS", 30)
+    trained = []
+    objective_of = fitting.train
+
+    def remember(objective, *args, **kwargs):
+        training = objective_of(objective, *args, **kwargs)
+        trained.append([p.detach().clone() for p in kwargs_guide[0].parameters()])
+        return training
+
+    kwargs_guide = [AutoHollowCNF(funnel, hidden_dims=[8], tails=True)]
+    monkeypatch.setattr(fitting, "train", remember)
+    result = fit(funnel, guide=kwargs_guide[0], num_particles=16, seed=0, compile=False, progress=False)
+    assert event in result.training.events[0]
+    undone = "undid" in event
+    kept = trained[0] if undone else trained[1]
+    for parameter, value in zip(result.guide.parameters(), kept, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_few_weighty_samples_ask_for_more_particles(monkeypatch):
+    found = iter([(2.0, 0.01), (2.0, 0.01), (2.0, 0.5), (0.1, 0.5)])
+
+    class Weights:
+        def __init__(self, objective):
+            self.khat, self.share = next(found)
+
+    monkeypatch.setattr(fitting, "_Weights", Weights)
+    monkeypatch.setattr(fitting, "_MAX_STEPS", 20)
+    monkeypatch.setattr(fitting, "_EXTENSION_STEPS", 10)
+    result = fit(funnel, num_particles=8, seed=0, compile=False, progress=False)
+    assert result.num_steps == 30
+    assert "Step 20: few samples carried the weight, so that it went on with 24 particles." in result.training.events
+
+
+def test_particles_without_density_are_left_out():
+    def half():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.where(z < -0.5, -math.inf, 0.0))
+
+    result = fit(half, **{**QUICK, "num_steps": 200})
+    assert result.losses.isfinite().all()
+    assert result.log_evidence == pytest.approx(math.log(1 - dist.Normal(0.0, 1.0).cdf(torch.tensor(-0.5))), abs=0.1)
+
+
+def test_save_refuses_parameters_in_the_store(tmp_path):
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    result = fit(conjugate, DATA, guide=guide, **{**QUICK, "num_steps": 2})
+    with pytest.raises(ValueError, match="save keeps the parameters of automatic guides"):
+        result.save(tmp_path / "fit.pt")
