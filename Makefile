@@ -8,7 +8,11 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
-.PHONY: vae test test-slow lint bench tutorials docs clean
+# NumPyro for `python -m pyro_hollow.experiments.posteriors --peer ...`; needs Python 3.11 or newer.
+NUMPYRO_VENV := .venv-numpyro
+NUMPYRO ?= numpyro==0.22.0 jax==0.10.2 jaxlib==0.10.2
+
+.PHONY: vae test test-slow lint bench tutorials docs numpyro clean
 
 vae: $(VENV)/vae.done
 	$(BIN)/python -m pyro_hollow.experiments.vae table --data digits
@@ -34,8 +38,15 @@ tutorials: $(VENV)/tutorials.done
 docs: $(VENV)/docs.done
 	$(BIN)/python -m sphinx -W --keep-going -b html tutorials build/docs
 
+numpyro: $(NUMPYRO_VENV)/numpyro.done
+
+$(NUMPYRO_VENV)/numpyro.done:
+	$(PYTHON) -m venv $(NUMPYRO_VENV)
+	$(NUMPYRO_VENV)/bin/python -m pip install --quiet $(NUMPYRO)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build results
+	rm -rf $(VENV) $(NUMPYRO_VENV) build results
 
 $(VENV)/python.done:
 	@echo "Installing $(TORCH) from $(or $(TORCH_INDEX),pip's package index)."

@@ -12,10 +12,14 @@ At equal seconds each guide gets as many steps as take it as long as the first g
 
 The folder has a folder "posteriordb"; see :mod:`pyro_hollow.experiments.posterior_models`. Without it, use
 ``--posterior funnel banana ring bent eight_schools``. Finished runs are kept and reused.
+
+With ``--peer`` other methods than guides of Pyro run beside them, seconds counted from the start of a process; see
+:mod:`pyro_hollow.experiments.peers`. Those of NumPyro need ``make numpyro``.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -32,9 +36,21 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, autoguide
 from pyro.infer.autoguide import AutoGuide, AutoNormal
 
+from pyro_hollow.experiments import peers
 from pyro_hollow.experiments.data import DataError
-from pyro_hollow.experiments.harness import Parser, Progress, figure, keep, kept, positive, spread, table, write
-from pyro_hollow.experiments.posterior_models import POSTERIORS, Posterior, load
+from pyro_hollow.experiments.harness import (
+    Parser,
+    Progress,
+    figure,
+    keep,
+    kept,
+    positive,
+    positive_real,
+    spread,
+    table,
+    write,
+)
+from pyro_hollow.experiments.posterior_models import MORE_POSTERIORS, POSTERIORS, Posterior, load
 from pyro_hollow.infer import AutoHollowCNF, diagnose
 from pyro_hollow.ode import Solver, SolverError
 
@@ -313,8 +329,13 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(__file__, __doc__, needs=("arviz", "matplotlib"))
     add, names, schedules = parser.add_argument, [*GUIDES, *VARIANTS], ("cosine", "constant")
-    add("--posterior", nargs="+", choices=POSTERIORS, default=list(POSTERIORS), help="default: all")
-    add("--guide", nargs="+", choices=names, default=list(GUIDES), help=f"default: {', '.join(GUIDES)}")
+    known = [*POSTERIORS, *MORE_POSTERIORS]
+    add("--posterior", nargs="+", choices=known, default=list(POSTERIORS), help=f"default: {', '.join(POSTERIORS)}")
+    add("--guide", nargs="*", choices=names, default=list(GUIDES), help=f"default: {', '.join(GUIDES)}")
+    add("--peer", nargs="+", choices=peers.PEERS, default=[], help="other methods (default: none)")
+    add("--seconds", type=positive_real, default=60.0, help="of a flow of --peer, at most of NUTS (default: 60)")
+    add("--effective", type=positive_real, default=1000.0, help="effective draws that end NUTS (default: 1000)")
+    add("--numpyro", type=Path, default=peers.NUMPYRO, help=f"NumPyro's Python (default: {peers.NUMPYRO})")
     add("--steps", type=positive, default=2000, help="steps (default: 2000)")
     add("--schedule", choices=schedules, default="cosine", help="of the learning rate (default: cosine)")
     add("--seed", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
@@ -331,32 +352,37 @@ def _wake_up() -> None:
     fit(posterior, AutoNormal(posterior.model), config, Result(config))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the experiment; see ``--help``."""
-    parser = make_parser()
-    args = parser.begin(argv)
-    try:
-        posteriors = [load(name, args.data_dir) for name in args.posterior]
-    except DataError as error:
-        parser.error(str(error))
-    _wake_up()
-    folder = args.output if args.schedule == "cosine" else args.output / args.schedule
-    steps: dict[str, Runs] = {}
-    seconds: dict[str, Runs] = {}
-    for posterior in posteriors:
-        # Each run once, though at equal seconds the first guide has the same again.
-        one = cache(partial(run, posterior, num_samples=args.num_samples, folder=folder, force=args.force))
-        runs = steps[posterior.name] = {
-            g: [one(Config(posterior.name, g, args.steps, seed, args.schedule)) for seed in args.seed]
-            for g in args.guide
-        }
-        if not args.no_equal_seconds:
-            pairs = {g: zip(runs[args.guide[0]], own, strict=True) for g, own in runs.items()}
-            seconds[posterior.name] = {g: [one(equal_time(*pair)) for pair in own] for g, own in pairs.items()}
-        lines = format_table(posterior, runs, seconds.get(posterior.name, {}))
-        print(lines, end="\n\n", flush=True)
-        write(folder / f"{posterior.name}.md", lines + "\n")
-        draw(posterior, runs, folder)
+def _run_guides(posterior: Posterior, args: argparse.Namespace, folder: Path) -> tuple[Runs, Runs]:
+    """Runs of the guides at equal steps and, if asked for, at equal seconds; prints and draws them."""
+    # Each run once, though at equal seconds the first guide has the same again.
+    one = cache(partial(run, posterior, num_samples=args.num_samples, folder=folder, force=args.force))
+    runs: Runs = {
+        g: [one(Config(posterior.name, g, args.steps, seed, args.schedule)) for seed in args.seed] for g in args.guide
+    }
+    late: Runs = {}
+    if not args.no_equal_seconds:
+        pairs = {g: zip(runs[args.guide[0]], own, strict=True) for g, own in runs.items()}
+        late = {g: [one(equal_time(*pair)) for pair in own] for g, own in pairs.items()}
+    lines = format_table(posterior, runs, late)
+    print(lines, end="\n\n", flush=True)
+    write(folder / f"{posterior.name}.md", lines + "\n")
+    draw(posterior, runs, folder)
+    return runs, late
+
+
+def _run_peers(posterior: Posterior, names: Sequence[str], args: argparse.Namespace) -> None:
+    """Runs other methods, and prints their table."""
+    runs = {}
+    for name in names:
+        configs = [peers.PeerConfig(posterior.name, name, s, args.seconds, args.effective) for s in args.seed]
+        runs[name] = [peers.run(posterior, c, args.data_dir, args.numpyro, args.output, args.force) for c in configs]
+    lines = peers.format_peers(posterior, runs)
+    print(lines, end="\n\n", flush=True)
+    write(args.output / f"{posterior.name}-peers.md", lines + "\n")
+
+
+def _conclude(args: argparse.Namespace, steps: dict[str, Runs], seconds: dict[str, Runs], folder: Path) -> None:
+    """Prints where the first guide leads, and draws the evaluations of variants."""
     for label, tables in (("steps", steps), ("seconds", seconds)):
         if tables:
             first = leaders(tables, args.guide[0], 0.0)
@@ -367,6 +393,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(variants) > 1:
         shown = {name: {g: runs[g][0] for g in variants if runs[g][0].history} for name, runs in steps.items()}
         draw_evaluations(shown, folder / "evaluations.png")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the experiment; see ``--help``."""
+    parser = make_parser()
+    args = parser.begin(argv)
+    try:
+        posteriors = [load(name, args.data_dir) for name in args.posterior]
+    except DataError as error:
+        parser.error(str(error))
+    names = [name for name in args.peer if args.numpyro.exists() or not name.startswith("numpyro-")]
+    if len(names) < len(args.peer):
+        print(f"Skipped {', '.join(p for p in args.peer if p not in names)}: there is no {args.numpyro}; "
+              "run `make numpyro`, or name the Python of an environment with NumPyro with --numpyro")  # fmt: skip
+    folder = args.output if args.schedule == "cosine" else args.output / args.schedule
+    steps: dict[str, Runs] = {}
+    seconds: dict[str, Runs] = {}
+    if args.guide:
+        _wake_up()
+    for posterior in posteriors:
+        if args.guide:
+            steps[posterior.name], late = _run_guides(posterior, args, folder)
+            if late:
+                seconds[posterior.name] = late
+        if names:
+            _run_peers(posterior, names, args)
+    _conclude(args, steps, seconds, folder)
 
 
 if __name__ == "__main__":
