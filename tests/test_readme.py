@@ -23,32 +23,43 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def run(block):
+def run(blocks):
     """As in a program of its own, in float32."""
     torch.set_default_dtype(torch.float32)
     namespace = {}
-    exec(compile(block, "README.md", "exec"), namespace)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
     return namespace
 
 
 @pytest.mark.slow
-def test_guide_of_the_first_block_can_be_trusted():
-    check = run(BLOCKS[0])["check"]
-    assert check.khat < 0.7
-    assert check.ess > 0.7 * check.num_samples
+def test_posterior_of_the_first_block_can_be_trusted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run([BLOCKS[0]])["result"]
+    assert result.khat < 0.7
+    assert result.ess > 0.7 * result.diagnostics.num_samples
 
 
-def test_first_block_runs():
-    assert BLOCKS[0].count("range(800)") == 1
-    namespace = run(BLOCKS[0].replace("range(800)", "range(100)"))
+def test_first_blocks_run(tmp_path, monkeypatch):
+    """One program: the later ones use the model of the first."""
+    monkeypatch.chdir(tmp_path)
+    assert BLOCKS[0].count("fit(model)") == 1 and BLOCKS[2].count("range(800)") == 1
+    blocks = [
+        BLOCKS[0].replace("fit(model)", "fit(model, num_steps=50, compile=False)"),
+        BLOCKS[1],
+        BLOCKS[2].replace("range(800)", "range(100)"),
+    ]
+    namespace = run(blocks)
+    assert namespace["result"].num_steps == 50 and (tmp_path / "fit.png").exists()
+    assert namespace["draws"]["theta"].shape == (20, 8)
     losses, check = namespace["losses"], namespace["check"]
     assert sum(losses[-20:]) < sum(losses[:20])
     assert 0 < check.ess <= check.num_samples
 
 
-@pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda block: f"{len(block)} characters")
+@pytest.mark.parametrize("block", BLOCKS[3:], ids=lambda block: f"{len(block)} characters")
 def test_other_blocks_run(block):
-    run(block)
+    run([block])
 
 
 def imported(source):
