@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_hollow.experiments import harness, vae_training
+from pyro_hollow.experiments import vae_training
 from pyro_hollow.experiments.data import Images
 from pyro_hollow.experiments.vae_models import VAE, make_flow, make_inner
 from pyro_hollow.experiments.vae_training import (
@@ -28,6 +28,7 @@ from pyro_hollow.experiments.vae_training import (
     make_vae,
 )
 from pyro_hollow.ode import Solver
+from pyro_hollow.train import progress
 
 CONFIG = Config(
     flow="none",
@@ -182,7 +183,7 @@ def test_no_warm_up(steps, tmp_path):
 
 
 def test_one_bar_spans_all_epochs_and_goes_on_after_a_stop(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(harness, "LINE_INTERVAL", 0.0)
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
     options = {name: value for name, value in QUIET.items() if name != "enable_progress_bar"}
     fit(replace(CONFIG, epochs=2), images(), tmp_path, **options)
     fit(replace(CONFIG, epochs=3), images(), tmp_path, **options)
@@ -193,7 +194,7 @@ def test_one_bar_spans_all_epochs_and_goes_on_after_a_stop(tmp_path, monkeypatch
 
 
 def test_no_bar_if_there_is_to_be_none(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(harness, "LINE_INTERVAL", 0.0)
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
     fit(CONFIG, images(), tmp_path, **QUIET)
     assert capfd.readouterr() == ("", "")
 

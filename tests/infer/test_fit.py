@@ -113,7 +113,7 @@ def test_guides_of_pyro(kind):
         pyro.sample("y", dist.Normal(w, 1.0).to_event(1), obs=torch.zeros(2))
 
     guide = kind(model)
-    result = fit(model, DATA, guide=guide, **{**QUICK, "num_steps": 600})
+    result = fit(model, DATA, guide=guide, **{**QUICK, "num_steps": 350})
     assert result.guide is guide
     assert result.backend.startswith("model as a graph")
     draws = torch.as_tensor(result.posterior["posterior"]["z"].values)
@@ -170,7 +170,7 @@ def test_parameters_of_the_model_are_trained():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    result = fit(empirical, DATA, **{**QUICK, "num_steps": 900})
+    result = fit(empirical, DATA, **{**QUICK, "num_steps": 450})
     assert pyro.param("prior").item() == pytest.approx(DATA.mean().item(), abs=0.1)  # maximises the evidence
     assert "parameters (prior)" in result.reasons[0]
 
@@ -479,9 +479,9 @@ def test_few_weighty_samples_ask_for_more_particles(monkeypatch):
     monkeypatch.setattr(fitting, "_Weights", Weights)
     monkeypatch.setattr(fitting, "_MAX_STEPS", 20)
     monkeypatch.setattr(fitting, "_EXTENSION_STEPS", 10)
-    result = fit(funnel, num_particles=8, seed=0, compile=False, progress=False)
+    result = fit(funnel, num_particles=32, seed=0, compile=False, progress=False)
     assert result.num_steps == 30
-    assert "Step 20: few samples carried the weight, so that it went on with 24 particles." in result.training.events
+    assert "Step 20: few samples carried the weight, so that it went on with 96 particles." in result.training.events
 
 
 def test_particles_without_density_are_left_out():
