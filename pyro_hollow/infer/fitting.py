@@ -41,8 +41,6 @@ __all__ = ["Fit", "fit"]
 _NUM_PARTICLES = 32  # of models and guides that are run by Pyro's handlers, or one particle at a time
 _PARTICLES = {"plate": "particles in a plate", "vmap": "particles by vmap", "one by one": "one particle at a time"}
 _RATE = 0.01
-# The affine map is nearly right at the start, and Adam would undo it at the rate of the networks.
-_AFFINE_RATE = 0.1
 _INITIAL_SCALE = 0.1
 _UNIFORM_STARTS = 8
 _MAX_RATE = 8.0  # e^8 is the most by which the flow changes a scale: the necks of hierarchical models are narrow
@@ -368,14 +366,10 @@ class _Run:
     ) -> Training:
         left = None if self.deadline is None else max(self.deadline - time.perf_counter(), 1e-3)
         threshold = objective.threshold if isinstance(objective, DensityELBO) else None
-        groups = self._groups(objective)
-        if not isinstance(objective, ELBO):
-            for group in groups:
-                group["lr"] = rate * group.pop("factor", 1.0)
         try:
             return train(
-                objective, groups, num_steps=num_steps, lr=rate, schedule=schedule, max_steps=_MAX_STEPS,
-                time_limit=left, threshold=threshold, progress=progress, resume=earlier,
+                objective, self._groups(objective), num_steps=num_steps, lr=rate, schedule=schedule,
+                max_steps=_MAX_STEPS, time_limit=left, threshold=threshold, progress=progress, resume=earlier,
             )  # fmt: skip
         finally:
             if isinstance(objective, PathELBO):
@@ -452,12 +446,12 @@ class _Run:
         """Groups of parameters with their learning rates."""
         if isinstance(objective, ELBO):
             return [{"params": objective.parameters()}]
-        slow = [self.guide.affine] if isinstance(self.guide, AutoHollowCNF) else []
-        known = {id(parameter) for parameter in slow}
-        fast = [p for p in self.guide.parameters() if id(p) not in known]
-        fast += [] if isinstance(objective, InclusiveKL) else objective.log_density.parameters.values()
-        groups: list[dict[str, Any]] = [{"params": fast}] if fast else []
-        return [*groups, {"params": slow, "factor": _AFFINE_RATE}] if slow else groups
+        # Adam would undo the start: its steps have the size of the latents' units, not of the posterior. The flow lives
+        # in the coordinates of the affine map, which stays.
+        fixed = {id(self.guide.affine)} if isinstance(objective, (PathELBO, InclusiveKL)) else set()
+        trained = [p for p in self.guide.parameters() if id(p) not in fixed]
+        trained += [] if isinstance(objective, InclusiveKL) else objective.log_density.parameters.values()
+        return [{"params": trained}]
 
     def _start(self, density: LogDensity) -> GaussianFit:
         """A Gaussian around the best of a few moderate points, fitted."""

@@ -501,3 +501,18 @@ def test_save_refuses_parameters_in_the_store(tmp_path):
     result = fit(conjugate, DATA, guide=guide, **{**QUICK, "num_steps": 2})
     with pytest.raises(ValueError, match="save keeps the parameters of automatic guides"):
         result.save(tmp_path / "fit.pt")
+
+
+def test_narrow_posterior_is_not_lost_in_training():
+    """Its scale is a thousandth of what the learning rate would move an affine map by."""
+    x = 3.0 + 1e-3 * torch.tensor([0.5, -1.0, 0.2])
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(z, 1e-3), obs=x)
+
+    result = fit(model, **QUICK)
+    covariance = torch.ones(3, 3) + 1e-6 * torch.eye(3)
+    evidence = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x).item()
+    assert result.elbo == pytest.approx(evidence, abs=0.05)
