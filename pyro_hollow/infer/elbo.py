@@ -123,10 +123,10 @@ class PathELBO(DensityELBO):
 
     which has no noise where the guide is exact. The ODE solve that computes z also computes the score of q.
 
-    In half of the particles one coordinate of the base sample is multiplied by U(1, 3), so that the guide learns tails
-    in which hardly any sample would lie. Where the guide is exact, the gradient of these particles vanishes, too. Far
-    out the gradient of a model may have any size: each particle's gradient is clipped to the norm of its score, in the
-    coordinates of the affine map.
+    In a quarter of the particles one coordinate of the base sample is multiplied by U(1, 3), so that the guide learns
+    tails in which hardly any sample would lie. Where the guide is exact, the gradient of these particles vanishes, too.
+    Far out the gradient of a model may have any size: each particle's gradient is clipped to the norm of its score, in
+    the coordinates of the affine map.
 
     :param guide: an AutoHollowCNF that is set up.
     :param LogDensity log_density: that of the model.

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "fit"]
 
 _NUM_PARTICLES = 32  # of models and guides that are run by Pyro's handlers, or one particle at a time
+_BACKENDS = {"handlers": "by Pyro's handlers", "graph": "as a graph", "compiled": "as a compiled graph"}
 _PARTICLES = {"plate": "particles in a plate", "vmap": "particles by vmap", "one by one": "one particle at a time"}
 _RATE = 0.01
 _INITIAL_SCALE = 0.1
@@ -368,7 +369,7 @@ class _Run:
         threshold = objective.threshold if isinstance(objective, DensityELBO) else None
         try:
             return train(
-                objective, self._groups(objective), num_steps=num_steps, lr=rate, schedule=schedule,
+                objective, self._parameters(objective), num_steps=num_steps, lr=rate, schedule=schedule,
                 max_steps=_MAX_STEPS, time_limit=left, threshold=threshold, progress=progress, resume=earlier,
             )  # fmt: skip
         finally:
@@ -442,16 +443,16 @@ class _Run:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             poutine.block(self.guide)(*self.args, **self.kwargs)
 
-    def _groups(self, objective: Any) -> list[dict[str, Any]]:
-        """Groups of parameters with their learning rates."""
+    def _parameters(self, objective: Any) -> list[Tensor]:
+        """The parameters that are trained."""
         if isinstance(objective, ELBO):
-            return [{"params": objective.parameters()}]
+            return objective.parameters()
         # Adam would undo the start: its steps have the size of the latents' units, not of the posterior. The flow lives
         # in the coordinates of the affine map, which stays.
         fixed = {id(self.guide.affine)} if isinstance(objective, (PathELBO, InclusiveKL)) else set()
         trained = [p for p in self.guide.parameters() if id(p) not in fixed]
         trained += [] if isinstance(objective, InclusiveKL) else objective.log_density.parameters.values()
-        return [{"params": trained}]
+        return trained
 
     def _start(self, density: LogDensity) -> GaussianFit:
         """A Gaussian around the best of a few moderate points, fitted."""
@@ -515,13 +516,7 @@ class _Run:
         if density is None:
             result.backend = "model and guide by Pyro's handlers"
             return
-        how = "by Pyro's handlers" if density.backend == "handlers" else f"as a {density.backend} graph"
-        particles = {
-            "plate": "particles in a plate",
-            "vmap": "particles by vmap",
-            "one by one": "one particle at a time",
-        }
-        result.backend = f"model {how.replace('graph graph', 'graph')}, {particles[density.particles]}"
+        result.backend = f"model {_BACKENDS[density.backend]}, {_PARTICLES[density.particles]}"
         if density.reason:
             result.reasons.append(density.reason)
         for flow in getattr(self.guide, "flows", ())[:1] if isinstance(self.guide, AutoHollowCNF) else ():

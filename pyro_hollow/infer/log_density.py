@@ -413,7 +413,7 @@ class _Tiered:
     def __init__(self, graph: GraphModule, inputs: list[Tensor], compile: bool | str) -> None:
         self._graph, self._inputs = graph, inputs
         self._function: Callable[..., Any] = graph
-        self._seconds, self._mode = 0.0, compile
+        self._seconds = 0.0
         self.backend, self.failure = "graph", ""
         self._compilation = Compilation(graph, inputs) if compile else None
         if compile is True:

@@ -50,25 +50,18 @@ class ModelDensity:
     :param model: the model.
     :param args: positional arguments of the model.
     :param kwargs: keyword arguments of the model.
-    :param init_loc_fn: a per-site initialization function, or None for a moderate point.
     :raises ValueError: for a model without latents, with discrete latents that are not marked for parallel enumeration,
         or with data that are not finite.
     :raises NotImplementedError: for latents in a subsampled plate.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        init_loc_fn: Callable[..., Any] | None = None,
-    ) -> None:
+    def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            proper = model if init_loc_fn else ImproperAtZero()(model)
+            proper = ImproperAtZero()(model)
             continuous = poutine.block(proper, hide_fn=is_marked)
             check_data(continuous, args, kwargs)
-            init = init_loc_fn or choose_start(continuous, _SPREAD, args, kwargs)
+            init = choose_start(continuous, _SPREAD, args, kwargs)
             # Sites that are enumerated are hidden from InitMessenger, which knows no start for them.
             recorder = poutine.trace(proper)
             poutine.block(InitMessenger(init)(poutine.block(recorder, hide_fn=is_marked)))(*args, **kwargs)
@@ -78,7 +71,7 @@ class ModelDensity:
         self.sites = dict(prototype.iter_stochastic_nodes())
         self._check_sites(trace)
         self.nesting = max((-frame.dim for frame in plates(trace) if frame.vectorized), default=0)
-        self._enumerates = bool(self._marked(trace))
+        self._enumerates = any(map(is_marked, trace.nodes.values()))
         values = [site["value"] for site in trace.nodes.values() if site["type"] == "sample"]
         self.elements = sum(value.numel() for value in values if isinstance(value, Tensor))
         self.subsamples = {
@@ -96,10 +89,6 @@ class ModelDensity:
         self.dim = len(self.start)
         if self.dim == 0:
             raise ValueError("the model masks all of its latents, so that there is no density to evaluate")
-
-    @staticmethod
-    def _marked(trace: poutine.Trace) -> list[str]:
-        return [name for name, site in trace.nodes.items() if site["type"] == "sample" and is_marked(site)]
 
     def _check_sites(self, trace: poutine.Trace) -> None:
         if not self.sites:
@@ -162,15 +151,18 @@ class ModelDensity:
             parts.append(self._bijections[name].inv(values[name]).reshape(*batch, -1))
         return torch.cat(parts, -1)[..., self.masked.index]
 
-    def _trace(self, values: dict[str, Tensor], size: int | None) -> poutine.Trace:
-        """A trace at given values of latents and subsamples, with its log densities."""
+    def _trace(self, z: Tensor, subsamples: tuple[Tensor, ...]) -> tuple[poutine.Trace, Tensor | float]:
+        """A trace with its log densities at one particle or several, and the log-determinant of :meth:`unpack`."""
+        values, ladj = self.unpack(z)
+        values |= dict(zip(self.subsamples, subsamples, strict=True))
+        size = len(z) if z.dim() == 2 else None
         model, dim = poutine.condition(self.model, values), -1 - self.nesting
         if self._enumerates:
             model = poutine.enum(model, first_available_dim=dim - (size is not None))
         with poutine.block(), _Unvalidated(), nullcontext() if size is None else pyro.plate(_PARTICLES, size, dim=dim):
             trace = prune_subsample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
         trace.compute_log_prob()
-        return trace
+        return trace, ladj
 
     def of_particles(self, z: Tensor, *subsamples: Tensor) -> Tensor:
         """
@@ -180,9 +172,7 @@ class ModelDensity:
         :param subsamples: the indices of each of :attr:`subsamples`.
         :return: with shape ``(P,)``.
         """
-        values, ladj = self.unpack(z)
-        values |= dict(zip(self.subsamples, subsamples, strict=True))
-        trace = self._trace(values, len(z))
+        trace, ladj = self._trace(z, subsamples)
         return particle_sums(trace, len(z), _PARTICLES, dtype=z.dtype, device=z.device) + ladj
 
     def of_one(self, z: Tensor, *subsamples: Tensor) -> Tensor:
@@ -193,9 +183,7 @@ class ModelDensity:
         :param subsamples: the indices of each of :attr:`subsamples`.
         :return: a scalar.
         """
-        values, ladj = self.unpack(z)
-        values |= dict(zip(self.subsamples, subsamples, strict=True))
-        trace = self._trace(values, None)
+        trace, ladj = self._trace(z, subsamples)
         return particle_sums(trace, 1, None, dtype=z.dtype, device=z.device).reshape(()) + ladj
 
     def mapped(self, z: Tensor, *subsamples: Tensor) -> Tensor:
@@ -212,12 +200,10 @@ class ModelDensity:
 
     def moving_support(self, z: Tensor, *subsamples: Tensor) -> str | None:
         """The first site whose support at one particle is not that of the start."""
-        values, _ = self.unpack(z)
-        values |= dict(zip(self.subsamples, subsamples, strict=True))
-        for name, site in self._trace(values, None).nodes.items():
+        for name, site in self._trace(z, subsamples)[0].nodes.items():
             if name in self.sites:
-                own = biject_to(site["fn"].support).inv(values[name])
-                known = self._bijections[name].inv(values[name])
+                own = biject_to(site["fn"].support).inv(site["value"])
+                known = self._bijections[name].inv(site["value"])
                 if own.shape != known.shape or not torch.allclose(own, known, 1e-3, 1e-3, equal_nan=True):
                     return name
         return None
@@ -254,11 +240,7 @@ class _Unvalidated(Messenger):
 
 def _unvalidated(fn: Any) -> Any:
     """The same distribution, or a copy of it and of what it is made of that validates nothing."""
-    parts = {
-        name: value
-        for name, value in getattr(fn, "__dict__", {}).items()
-        if isinstance(value, torch.distributions.Distribution)
-    }
+    parts = {name: part for name, part in vars(fn).items() if isinstance(part, torch.distributions.Distribution)}
     changed = {name: new for name, part in parts.items() if (new := _unvalidated(part)) is not part}
     if vars(fn).get("_validate_args"):
         changed["_validate_args"] = False

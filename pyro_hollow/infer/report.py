@@ -38,7 +38,7 @@ def _draws(fit: Any, group: str) -> dict[str, np.ndarray]:
 
 
 def _latents(fit: Any) -> list[str]:
-    return list(fit.diagnostics.posterior["guide"].data_vars)
+    return list(fit.posterior["guide"].data_vars)  # which tells where there are none
 
 
 def page(fit: Any) -> str:

@@ -189,6 +189,8 @@ def test_subsampled_data():
     assert "plate 'data' subsamples" in result.reasons[-1] and "subsamples" in str(result)
     with pytest.raises(ValueError, match="diagnose"):
         _ = result.posterior
+    with pytest.raises(ValueError, match="diagnose"):
+        result.plot()
 
 
 def test_time_limit():
