@@ -133,13 +133,25 @@ class Tails(_Bijection):
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value, log-determinant, and the gradient of the log-density of y from that of x."""
-        y = self(x)
-        with torch.no_grad():
-            _, r, b = self._split(x)
-            q = b * r.square()
-            log_slope = self._log_slope(q)
-            gradient = b * r * (4 / (1 + 2 * q) - 1 / (1 + q))
-            return y, log_slope.sum(-1), (score - gradient) * (-log_slope).exp()
+        return self(x), *self.call_and_pull(x, score)[1:3]
+
+    @torch.no_grad()
+    def call_and_pull(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """See :meth:`~pyro_hollow.transforms.HollowCNF.call_and_pull`."""
+        inner, r, b = self._split(x)
+        square = r.square()
+        q = b * square
+        root, log_slope = (1 + q).sqrt(), self._log_slope(q)
+        slope = log_slope.exp()
+        gradient = b * r * (4 / (1 + 2 * q) - 1 / (1 + q))
+
+        def pull(y_bar: Tensor) -> Tensor:
+            b_bar = y_bar * (square * r / (2 * root))
+            sides = torch.stack([b_bar * (x < 0), b_bar * (x >= 0)], dim=-1)
+            self.weight.backward(sides.reshape(-1, *self.weight.shape).sum(0))
+            return y_bar * slope
+
+        return inner + r * root, log_slope.sum(-1), (score - gradient) / slope, pull
 
 
 @lru_cache(maxsize=8)

@@ -16,7 +16,16 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from pyro_hollow.ops.stepper import FunctionStepper, Stepper, Tableau, is_batched, is_functional, largest_rms
+from pyro_hollow.ops.stepper import (
+    DifferentiatedStepper,
+    FunctionStepper,
+    Pull,
+    Stepper,
+    Tableau,
+    is_batched,
+    is_functional,
+    largest_rms,
+)
 from pyro_hollow.ops.vector_field import VectorField
 
 from . import explicit, implicit
@@ -57,10 +66,13 @@ class Solution:
 
     :ivar state: the state at the end time, a tensor or a tuple of tensors as the initial state was.
     :ivar stats: what it cost.
+    :ivar pull: maps the gradients of the parts of the state to those of the parts of the initial state, and of the
+        field's tensors. None unless it was asked for, and where the executor has no derivatives by hand.
     """
 
     state: Any
     stats: SolverStats
+    pull: Pull | None = None
 
 
 @dataclass(frozen=True)
@@ -212,11 +224,10 @@ class Solver:
             shapes = [part.shape for part in parts(state)]
             return FunctionStepper(tableau, function, shapes), "the field is a plain function"
 
-        end, stats = self._integrate(field, state, (), executor, t0, t1)
-        return Solution(end, stats)
+        return self._integrate(field, state, (), executor, t0, t1)
 
     def integrate_with_divergence(
-        self, field: VectorField, x: Tensor, t0: float, t1: float, score: Tensor | None = None
+        self, field: VectorField, x: Tensor, t0: float, t1: float, score: Tensor | None = None, by_hand: bool = False
     ) -> Solution:
         r"""
         Integrates a state, the divergence of its field along it, and the score of a density that the field carries.
@@ -226,6 +237,8 @@ class Solver:
         :param float t0: the initial time.
         :param float t1: the end time.
         :param Tensor score: :math:`\nabla \log p` of the density of x, with shape ``(*, d)``; None to leave it out.
+        :param bool by_hand: True for a solution with a function :attr:`Solution.pull` in place of a graph, if the
+            executor has derivatives by hand.
         :returns: the state at t1, :math:`\int \nabla \cdot f \, dt` with shape ``(*,)``, other integrals that the field
             has and, if one was given, the score at t1 with shape ``(*, d)``, which carries no gradients; and
             statistics.
@@ -238,19 +251,25 @@ class Solver:
 
         scores = () if score is None else (score,)
         dynamics = Scored(field) if scores else Augmented(field)
-        end, stats = self._integrate(dynamics, state, scores, executor, t0, t1)
-        return Solution(end, stats)
+        return self._integrate(dynamics, state, scores, executor, t0, t1, by_hand)
 
     def _integrate(
-        self, field: Dynamics, state: State, scores: tuple[Tensor, ...], executor: Executor, t0: float, t1: float
-    ) -> tuple[State, SolverStats]:
+        self,
+        field: Dynamics,
+        state: State,
+        scores: tuple[Tensor, ...],
+        executor: Executor,
+        t0: float,
+        t1: float,
+        by_hand: bool = False,
+    ) -> Solution:
         first = parts(state)[0]
         stats = SolverStats(method=self.method)
         times = torch.tensor([t0, t1], dtype=first.dtype, device="cpu")
         whole = (*state, *scores) if scores else state
         _check_types(parts(whole))
         if first.numel() == 0 or bool(times[0] == times[1]):
-            return whole, stats
+            return Solution(whole, stats)
         if torch.jit.is_tracing() and self.adaptive:
             raise RuntimeError(
                 f"method {self.method!r} cannot be traced: its steps depend on the input, and a trace would repeat "
@@ -259,12 +278,14 @@ class Solver:
         tensors = self._check_gradients(field, state)
         stats.reason = self._why_not_explicit()
         self._check_functional((*parts(state), *tensors), bool(stats.reason))
+        pull = None
         if stats.reason:
             end = self._elsewhere(field, whole, stats, times, tensors)
         else:
-            end = self._by_steps(field, state, scores, executor(explicit.TABLEAUS[self.method]), stats, times)
+            choice = executor(explicit.TABLEAUS[self.method])
+            end, pull = self._by_steps(field, state, scores, choice, stats, times, by_hand)
         self._warn_if_not_compiled(stats)
-        return end, stats
+        return Solution(end, stats, pull)
 
     def _why_not_explicit(self) -> str:
         """The reason against explicit steps of our own; empty if there is none."""
@@ -286,8 +307,9 @@ class Solver:
         choice: tuple[Stepper, str],
         stats: SolverStats,
         times: Tensor,
-    ) -> State:
-        """The state at the end by explicit steps."""
+        by_hand: bool,
+    ) -> tuple[State, Pull | None]:
+        """The state at the end by explicit steps, and what pulls its gradients back if wanted."""
         stepper, stats.reason = choice
         stats.backend = stepper.name
         t0, t1 = times.tolist()
@@ -296,14 +318,17 @@ class Solver:
         else:
             loop = explicit.fixed(_equal_steps(times, self.options.get("step_size")).tolist(), self.max_nfe)
         try:
-            end, path = stepper.solve(loop, parts(state), *scores)
+            if by_hand and isinstance(stepper, DifferentiatedStepper):
+                end, path, pull = stepper.solve_by_hand(loop, parts(state), *scores)
+            else:
+                (end, path), pull = stepper.solve(loop, parts(state), *scores), None
         except explicit.Failure as failure:
             stats.nfe = failure.nfe
             monitor = Monitor(field, self, stats, parts(state)[0].shape[:-1], (t0, t1))
             last = times.new_tensor(failure.time), stepper.unpack(failure.packed.detach())
             raise monitor.failure(failure.word, last) from None
         stats.nfe, stats.accepted, stats.rejected = path.nfe, len(path.times) - 1, path.rejected
-        return end[0] if isinstance(state, Tensor) else end
+        return end[0] if isinstance(state, Tensor) else end, pull
 
     def _elsewhere(
         self, field: Dynamics, state: State, stats: SolverStats, times: Tensor, tensors: tuple[Tensor, ...]

@@ -17,8 +17,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import chain
+from functools import lru_cache, partial
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "DifferentiatedStepper",
     "FunctionStepper",
     "Path",
+    "Pull",
     "Step",
     "Stepper",
     "Tableau",
@@ -127,6 +128,8 @@ class Path:
 
 #: Chooses steps from a packed state on; keeps tensors for their derivatives if told to.
 Loop = Callable[["Stepper", Tensor, bool], Path]
+#: Maps the gradients of the parts at the end of a solve to those of the parts at its beginning, and of the tensors.
+Pull = Callable[[Parts], tuple[Parts, Parts]]
 
 
 class Stepper(ABC):
@@ -414,6 +417,27 @@ class DifferentiatedStepper(Stepper):
     def recorded(self) -> AutogradStepper:
         """The same steps by automatic differentiation, for second derivatives."""
 
+    @torch.no_grad()
+    def solve_by_hand(self, loop: Loop, state: Parts, score: Tensor | None = None) -> tuple[Parts, Path, Pull]:
+        """As :meth:`solve`, without a graph, but with a function that pulls gradients back."""
+        path = loop(self, self.pack(state), True)
+        return self._finish(path, score), path, partial(self.pull, path.times, path.saved)
+
+    @torch.no_grad()
+    def pull(self, times: Sequence[float], saved: Sequence[Parts], bars: Parts) -> tuple[Parts, Parts]:
+        """
+        Pulls gradients back through all steps of a solve.
+
+        :param times: where the steps begin, and the end.
+        :param saved: the tensors that each step has saved.
+        :param bars: the gradients of the parts at the end.
+        :returns: the gradients of the parts at the beginning, and of the tensors.
+        """
+        sums, y_bar = self.new_sums(), self.pack(bars)
+        for t, end, kept in zip(times[-2::-1], times[:0:-1], reversed(saved), strict=True):
+            y_bar = self.step_vjp(t, end - t, kept, y_bar, sums)
+        return self.unpack(y_bar), self.gradients(sums)
+
     def solve(self, loop: Loop, state: Parts, score: Tensor | None = None) -> tuple[Parts, Path]:
         """See :meth:`Stepper.solve`."""
         if not (torch.is_grad_enabled() and any([v.requires_grad for v in (*state, *self.tensors)])):
@@ -455,12 +479,10 @@ class _Solve(torch.autograd.Function):
         legacy = torch._C._functorch.is_legacy_batchedtensor
         if torch.is_grad_enabled() or is_functional() or legacy(x_bar) or legacy(integral_bar):
             return *nothing, *_recorded(stepper, ctx.times, (x, integral, *tensors), (x_bar, integral_bar))
-        sums = stepper.new_sums()
-        y_bar = stepper.pack((x_bar, integral_bar))
-        for t, end, size in zip(ctx.times[-2::-1], ctx.times[:0:-1], reversed(ctx.sizes), strict=True):
-            rest, saved = rest[: len(rest) - size], tuple(rest[len(rest) - size :])
-            y_bar = stepper.step_vjp(t, end - t, saved, y_bar, sums)
-        return *nothing, *stepper.unpack(y_bar), *stepper.gradients(sums)
+        kept = iter(rest)
+        saved = [tuple(islice(kept, size)) for size in ctx.sizes]
+        bars, gradients = stepper.pull(ctx.times, saved, (x_bar, integral_bar))
+        return *nothing, *bars, *gradients
 
 
 def _recorded(

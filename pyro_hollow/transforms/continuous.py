@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,6 +142,36 @@ class ConditionedCNF(_HasSolver, CachedTransform):
         y, ladj, score = self._integrate(x, 0.0, self.time, score.detach())
         self._store(x, y, (ladj,))
         return y, ladj, score.detach()
+
+    @breaks_graph
+    def call_and_pull(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """
+        Value, log-determinant and score as by :meth:`call_and_score`, without a graph, for a loss that depends on the
+        value alone.
+
+        :param Tensor x: the input with shape ``(*, d)``.
+        :param Tensor score: the gradient of the log-density of x, with shape ``(*, d)``.
+        :returns: y, the log-determinant, the score at y, and a function that maps the gradient of a loss with respect
+            to y to that with respect to x, and adds those of the parameters to their ``grad``.
+        """
+        self._check(x)
+        with torch.enable_grad():
+            x, field = x.detach().requires_grad_(), self._bind()
+            field.network = self.nn
+            solution = self.solver.integrate_with_divergence(field, x, 0.0, self.time, score, by_hand=True)
+        self._record.last = solution.stats
+        y, ladj, score = solution.state
+
+        def pull(y_bar: Tensor) -> Tensor:
+            if solution.pull is None:
+                y.backward(y_bar)
+                return x.new_zeros(x.shape) if x.grad is None else x.grad
+            (x_bar, _), gradients = solution.pull((y_bar, torch.zeros_like(ladj)))
+            if field.tensors:
+                torch.autograd.backward(field.tensors, gradients)
+            return x_bar
+
+        return y.detach(), ladj.detach(), score.detach(), pull
 
     def _transform(self, x: Tensor) -> tuple[Tensor, ...]:
         return self._integrate(x, 0.0, self.time)

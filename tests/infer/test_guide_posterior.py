@@ -95,6 +95,17 @@ def test_a_pair_without_gradients_is_not_kept(make, dtype):
     assert transform.inv(y).requires_grad
 
 
+def test_gradients_of_tails_without_a_graph(dtype):
+    weight = torch.rand(4, 2).requires_grad_()
+    x, bar = 3.0 * torch.randn(2, 25, 4), torch.randn(2, 25, 4)
+    leaf = x.clone().requires_grad_()
+    y, ladj, score = Tails(weight).call_and_score(leaf, -x)
+    expected = torch.autograd.grad((y * bar).sum(), [leaf, weight])
+    *found, pull = Tails(weight).call_and_pull(x, -x)
+    assert_close(found, [y.detach(), ladj, score])
+    assert_close([pull(bar), weight.grad], list(expected), rtol=1e-4, atol=1e-4)
+
+
 def test_tails(dtype):
     """The bulk stays as it is, each side has its own weight, and tails of a Gaussian become exponential."""
     x = torch.linspace(-6.0, 6.0, 25).unsqueeze(-1)

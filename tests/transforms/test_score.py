@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transform_checks import TIGHT, strengthen
 
 from pyro_hollow import Solver, conditional_hollow_cnf, free_form_cnf, hollow_cnf
+from pyro_hollow.experiments.speed import can_compile
 
 #: With a tape: grouped, masked and context; without: the others.
 FLOWS = {
@@ -19,6 +20,7 @@ FLOWS = {
     "context": lambda d, solver: conditional_hollow_cnf(d, 2, solver=solver).condition(torch.tensor([0.5, -1.0])),
     "free-form": lambda d, solver: free_form_cnf(d, divergence="exact", solver=solver),
 }
+NEEDS_COMPILER = pytest.mark.skipif(not can_compile("cpu"), reason="needs a C compiler")
 every_flow = pytest.mark.parametrize("name", FLOWS)
 
 
@@ -73,6 +75,24 @@ def test_gradients_are_those_of_the_flow(name):
         y, ladj = values
         gradients.append(torch.autograd.grad((y * weight).sum() + ladj.square().sum(), list(flow.nn.parameters())))
     assert_close(*gradients)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "adaptive_heun"])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=NEEDS_COMPILER)])
+@every_flow
+def test_gradients_without_a_graph(name, compile, method):
+    """They are those of the graph, in place; by hand where the executor can, and else by a graph of its own."""
+    compile = compile and method != "adaptive_heun" and name not in ("free-form",)
+    flow = make(name, 3, Solver(method, compile=compile))
+    x, weight = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    leaf = x.clone().requires_grad_()
+    y, ladj, score = flow.call_and_score(leaf, -x)
+    expected = torch.autograd.grad((y * weight).sum(), [leaf, *flow.nn.parameters()])
+    with torch.no_grad():
+        *found, pull = flow.call_and_pull(x, -x)
+    assert not any(value.requires_grad for value in found)
+    assert_close(found, [y.detach(), ladj.detach(), score])
+    assert_close([pull(weight), *(p.grad for p in flow.nn.parameters())], list(expected))
 
 
 def test_the_pair_is_remembered():
