@@ -155,21 +155,28 @@ class PathELBO(DensityELBO):
     def __call__(self) -> Tensor:
         """Evaluates the negative ELBO of new particles, and adds its gradient to those of the parameters."""
         x, near = self._base_sample()
-        transforms: Any = self.guide.get_transform().parts  # type: ignore[attr-defined]
-        y, score = x, -x
+        parts: Any = self.guide.get_transform().parts  # type: ignore[attr-defined]
+        *transforms, affine = parts
+        y, score, pulls = x, -x, []
         log_q = -0.5 * x.double().square().sum(-1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
         for transform in transforms:
-            y, ladj, score = transform.call_and_score(y, score)
-            log_q = log_q - ladj.detach()
+            y, ladj, score, pull = transform.call_and_pull(y, score)
+            log_q -= ladj
+            pulls.append(pull)
         for each in self._lengths:
             each.update()
-        value, gradient = self.log_density.value_and_gradient(y)
-        bar = _restrained(score - gradient, score, transforms[-1].transposed())
-        finite = value.isfinite()  # from other particles nothing can be learned
-        y.backward(torch.where(finite.unsqueeze(-1), bar, 0.0) / self.num_particles)
-        log_weights = (value - log_q)[near][finite[near]]
+        with torch.no_grad():  # the affine map is not trained
+            y, ladj, score = affine.call_and_score(y, score)
+            value, gradient = self.log_density.value_and_gradient(y)
+            log_weights = value - log_q + ladj
+            bar = _restrained(score - gradient, score, affine.transposed()).div_(self.num_particles)
+            finite = value.isfinite()  # from other particles nothing can be learned
+            bar = torch.where(finite.unsqueeze(-1), bar, 0.0)
+        for pull in reversed(pulls):
+            bar = pull(bar)
+        log_weights = log_weights[near][finite[near]]
         if len(log_weights) == 0:
-            return log_q.new_full((), math.inf)
+            return log_weights.new_full((), math.inf)
         self._note(log_weights)
         return -log_weights.mean()
 
@@ -274,7 +281,11 @@ class _StepLength:
 
 
 def _restrained(gradient: Tensor, score: Tensor, transposed: Any) -> Tensor:
-    """Gradients that are at most as long as the scores, and zero where they are not finite."""
-    length, largest = transposed(gradient).norm(dim=-1), transposed(score).norm(dim=-1)
+    """
+    Gradients behind a linear map, pulled back through it; they are at most as long as the scores there, and zero where
+    they are not finite.
+    """
+    gradient, score = transposed(torch.stack([gradient, score])).unbind()
+    length, largest = gradient.norm(dim=-1), score.norm(dim=-1)
     cut = (largest / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1.0).unsqueeze(-1)
-    return torch.where((gradient * cut).isfinite(), gradient * cut, 0.0)
+    return (gradient * cut).nan_to_num_(0.0, 0.0, 0.0)
