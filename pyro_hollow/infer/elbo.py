@@ -30,7 +30,7 @@ _STRETCHED = 0.25
 _LARGEST_FACTOR = 3.0
 _LEAST_GAIN = 0.02  # nats that are worth further steps
 # Of InclusiveKL: how many samples, those of a batch, the calls for which they serve, and which of them are stretched.
-_SAMPLES, _BATCH_SIZE, _REDRAWN = 6000, 256, 60
+_SAMPLES, _BATCH_SIZE, _REDRAWN = 6000, 128, 60
 _SHARE, _FACTOR = 0.2, 2.0
 _CALM = 20  # solves without a rejected step, after which longer steps are tried
 
