@@ -11,13 +11,14 @@ import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 from torch import Tensor
 
 from pyro_hollow.infer.autoguide import AutoHollowCNF
@@ -30,7 +31,9 @@ from pyro_hollow.infer.inference_data import import_arviz
 from pyro_hollow.infer.log_density import LogDensity
 from pyro_hollow.infer.model_density import is_marked
 from pyro_hollow.infer.report import draw, page
+from pyro_hollow.infer.saving import check_latents, latents, parameters, restore_parameters, traced, write
 from pyro_hollow.train import ELBO, Training, train
+from pyro_hollow.train.loop import FEWEST_LOSSES
 from pyro_hollow.train.schedule import mean
 
 if TYPE_CHECKING:
@@ -105,21 +108,53 @@ def fit(
     :param bool progress: False for no bar.
     :param kwargs: keyword arguments of the model; pass arguments with one of the names above by position.
     :return: the fit.
+    :raises TypeError: for arguments of another type, such as the class of a guide in place of an instance.
     :raises ValueError: for arguments out of range, and models and guides that :class:`LogDensity` or :func:`diagnose`
         refuse.
     :raises ArithmeticError: if the density is finite at no start, or steps fail again and again.
     :raises ImportError: without ArviZ.
     """
     import_arviz()  # before long work
-    for name, value in (("num_steps", num_steps), ("num_particles", num_particles)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, but got {value}")
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit must be positive, but got {time_limit}")
+    _check_counts(num_steps=num_steps, num_particles=num_particles)
+    _check_limits(time_limit, seed)
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', but got {compile!r}")
+    _check_guide(guide)
     run = _Run(model, args, kwargs, guide, num_particles, compile)
     return run.go(Fit(model, args, kwargs), num_steps, time_limit, seed, progress)
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, but got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, but got {value}")
+
+
+def _check_limits(time_limit: Any, seed: Any) -> None:
+    if time_limit is not None:
+        if isinstance(time_limit, bool) or not isinstance(time_limit, Real):
+            raise TypeError(f"time_limit must be a number of seconds, but got {time_limit!r}")
+        if not 0 < float(time_limit) < math.inf:
+            raise ValueError(f"time_limit must be positive and finite, but got {time_limit}")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+        raise TypeError(f"seed must be a whole number, but got {seed!r}")
+
+
+def _check_guide(guide: Any) -> None:
+    if isinstance(guide, type):
+        name = guide.__name__
+        raise TypeError(f"guide must be an instance, but got the class {name}: pass guide={name}(model)")
+    if guide is not None and not callable(guide):
+        raise TypeError(f"guide must be a guide of Pyro, but got {guide!r}")
+    if isinstance(guide, AutoLaplaceApproximation):
+        raise ValueError(
+            "guide must not be an AutoLaplaceApproximation, which is a point without a density while it is trained: "
+            "train it by SVI and give guide.laplace_approximation(...) to diagnose, or leave guide out"
+        )
 
 
 @dataclass(repr=False)
@@ -207,7 +242,10 @@ class Fit:
 
     @property
     def converged(self) -> bool:
-        """True if the training ended because the ELBO no longer rose, or the Gaussian sufficed."""
+        """
+        True if the ELBO no longer rose at the end of the training, or the Gaussian sufficed. Fewer than 100 steps of
+        :meth:`resume` are not enough to tell, and leave it as it was.
+        """
         return self.gaussian_suffices or (self.training is not None and self.training.converged)
 
     def resume(
@@ -227,15 +265,19 @@ class Fit:
         :param seed: the seed of torch's random numbers; see :func:`fit`.
         :param bool progress: False for no bar.
         :return: this fit itself.
+        :raises TypeError, ValueError: as :func:`fit`.
         """
+        _check_counts(num_steps=num_steps)
+        _check_limits(time_limit, seed)
         run = _Run(self.model, self.args, self.kwargs, self.guide, self.num_particles, self.compile)
         return run.go(self, num_steps, time_limit, seed, progress)
 
     def save(self, path: str | Path) -> None:
         """
-        Saves all but the model, its parameters in Pyro's store and its arguments.
+        Saves all but the model and its arguments. The model's parameters in Pyro's store are saved.
 
         :param path: the path of the file.
+        :raises ValueError: for a guide that keeps its parameters in Pyro's store.
         """
         if not isinstance(self.guide, AutoGuide):
             raise ValueError(
@@ -243,20 +285,27 @@ class Fit:
                 "Pyro's store: save that by pyro.get_param_store().save"
             )
         kept = {name: getattr(self, name) for name in vars(self) if name not in ("model", "args", "kwargs")}
-        torch.save(kept, path)
+        found = traced(self.model, self.args, self.kwargs, latents(self.guide))
+        write(kept | {"parameters": {name: value.detach() for name, value in parameters(found).items()}}, path)
 
     @classmethod
     def load(cls, path: str | Path, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Fit:
         """
-        Loads a fit that :meth:`save` wrote. The file is a pickle: load only files that you trust.
+        Loads a fit that :meth:`save` wrote, and the model's parameters into Pyro's store. The file is a pickle: load
+        only files that you trust.
 
         :param path: the path of the file.
         :param model: the model of the fit; :meth:`resume` and :meth:`plot` run it.
         :param args: positional arguments of the model, those of the fit.
         :param kwargs: keyword arguments of the model, likewise.
         :return: the fit.
+        :raises ValueError: if the latents or the parameters of the model are not those of the fit.
         """
         kept = torch.load(path, weights_only=False)
+        saved, of_guide = kept.pop("parameters", {}), latents(kept["guide"])
+        trace = traced(model, args, kwargs, of_guide)
+        check_latents(trace, of_guide)
+        restore_parameters(trace, saved)
         kept["guide"]._model = (model,)
         return cls(model, args, kwargs, **kept)
 
@@ -317,13 +366,14 @@ class _Run:
     def _improve(self, result: Fit, objective: Any, num_steps: int | None, progress: bool | str) -> None:
         """Trains the guide, and goes on with more particles while its weights are too heavy."""
         free = num_steps is None and isinstance(objective, PathELBO)
-        result.gaussian_suffices = False
+        sufficed, result.gaussian_suffices = result.gaussian_suffices, False
         if free and result.training is None:
             weights = _Weights(objective)
             result.gaussian_suffices = weights.khat < _LIGHT and weights.share > _GAUSSIAN_SHARE
             if result.gaussian_suffices:
                 return
         training = result.training = self._train(objective, num_steps, result.training, progress)
+        training.converged |= sufficed and training.num_steps < FEWEST_LOSSES
         for _ in range(_EXTENSIONS if free else 0):
             if training.stopped not in ("plateau", "max_steps") or _Weights(objective).share > _LOW_SHARE:
                 break
@@ -365,11 +415,14 @@ class _Run:
         schedule: Any = "plateau",
         rate: float = _RATE,
     ) -> Training:
+        trained = self._parameters(objective)
+        if not trained:
+            raise ValueError(f"guide {type(self.guide).__name__} has no parameters to train: judge it by diagnose")
         left = None if self.deadline is None else max(self.deadline - time.perf_counter(), 1e-3)
         threshold = objective.threshold if isinstance(objective, DensityELBO) else None
         try:
             return train(
-                objective, self._parameters(objective), num_steps=num_steps, lr=rate, schedule=schedule,
+                objective, trained, num_steps=num_steps, lr=rate, schedule=schedule,
                 max_steps=_MAX_STEPS, time_limit=left, threshold=threshold, progress=progress, resume=earlier,
             )  # fmt: skip
         finally:

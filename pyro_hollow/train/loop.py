@@ -51,7 +51,7 @@ class Training:
     :ivar num_steps: the number of steps, skipped ones included.
     :ivar seconds: the wall time.
     :ivar converged: the loss no longer fell: the test for a plateau said so, patience ran out, or the same test
-        passes at the end. Fewer than 100 losses are not enough to tell.
+        passes at the end. Fewer than 100 losses are not enough to tell, and leave a resumed training as it was.
     :ivar stopped: the reason: "plateau", "num_steps", "max_steps", "time_limit", "patience" or "interrupted".
     :ivar restarts: how many times an earlier state was restored.
     :ivar validations: pairs of the number of steps until then and the value of ``validate``.
@@ -248,7 +248,7 @@ class _Loop:
         self.best: tuple[float, _State] | None = None
         if resume is not None:
             self._resume(resume)
-        self.first = self.step
+        self.first, self.converged = self.step, resume is not None and resume.converged
         self.tolerant = settings.max_restarts is not None
         self.restarts_left = settings.max_restarts
         # The first, and the latest if there is one.
@@ -369,7 +369,7 @@ class _Loop:
         self.restarts_left -= 1
         self.restarts += 1
         self.factor /= 2
-        self.failures = 0
+        self.failures, self.converged = 0, False
         self.schedule.start = self.step  # losses of another rate tell nothing
         rate = self.settings.lr * self.factor
         self.events.append(
@@ -425,7 +425,8 @@ class _Loop:
         """Restores the best state, if there were validations, and reports."""
         seconds = self.seconds + time.perf_counter() - self.begin
         enough = self.step - self.schedule.start >= FEWEST_LOSSES
-        converged = self.plateau or self.stopped == "patience" or (enough and self._has_plateau())
+        fell_no_longer = self._has_plateau() if enough else self.converged
+        converged = self.plateau or self.stopped == "patience" or fell_no_longer
         if self.best is not None:
             self.best[1].restore(self.optimizer)
         if self.skipped:

@@ -9,7 +9,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from pyro.infer import Predictive
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 
 from pyro_hollow import AutoHollowCNF, Fit, fit
 from pyro_hollow.infer import fitting
@@ -207,6 +213,7 @@ def test_gaussian_posterior_needs_no_flow():
     check_conjugate(result, 0.03)
     result.resume(20, progress=False)
     assert result.num_steps == 20 and not result.gaussian_suffices
+    assert result.converged and "not converged" not in str(result)  # 20 steps tell nothing else
 
 
 @pytest.mark.parametrize("steps", [0, 20])
@@ -353,6 +360,54 @@ def test_save_and_load(tmp_path):
     check_conjugate(loaded)
 
 
+@pytest.mark.parametrize("in_module", [False, True])
+def test_load_restores_the_parameters_of_the_model(in_module, tmp_path):
+    def make():
+        net = torch.nn.Linear(1, 1)
+
+        def model(x):
+            scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            loc = pyro.module("net", net)(x.unsqueeze(-1).double()).squeeze(-1) if in_module else 0.0
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(z + loc, 1.0), obs=x)
+
+        return model, net
+
+    model, net = make()
+    result = fit(model, DATA, **{**QUICK, "num_steps": 3})
+    result.save(tmp_path / "fit.pt")
+    scale = pyro.param("scale").item()
+    assert scale != 1.0
+    pyro.clear_param_store()
+    other, other_net = make()
+    loaded = Fit.load(tmp_path / "fit.pt", other, DATA)
+    assert pyro.param("scale").item() == pytest.approx(scale)
+    if in_module:
+        torch.testing.assert_close(other_net.state_dict(), net.state_dict())
+    loaded.resume(2, seed=0, progress=False)
+    assert pyro.param("scale").item() != scale
+    with pytest.raises(ValueError, match=r"must have the parameters of the fit, \{'scale': \(\).*but has \{\}"):
+        Fit.load(tmp_path / "fit.pt", conjugate, DATA)
+
+
+def test_load_names_latents_that_differ(tmp_path):
+    def model(size, support):
+        pyro.sample("a", {"real": dist.Normal(0.0, 1.0), "positive": dist.LogNormal(0.0, 1.0)}[support])
+        pyro.sample("b" if size < 4 else "c", dist.Uniform(torch.zeros(size), 1.0).to_event(1))
+
+    fit(model, 2, "real", **{**QUICK, "num_steps": 1}).save(tmp_path / "fit.pt")
+    Fit.load(tmp_path / "fit.pt", model, 2, "real")
+    differences = {
+        (3, "real"): r"site 'b' has shape \(3,\) in the model and \(2,\) in the guide",
+        (2, "positive"): r"site 'a' has support GreaterThan\(lower_bound=0.0\) in the model and Real\(\) in the guide",
+        (4, "real"): "the guide has no site 'c'; the model has no site 'b'",
+    }
+    for args, message in differences.items():
+        with pytest.raises(ValueError, match=message):
+            Fit.load(tmp_path / "fit.pt", model, *args)
+
+
 def test_page():
     text = str(fit(funnel, **QUICK))
     assert text.startswith("Posterior by AutoHollowCNF: 60 steps of 32 particles, not converged")
@@ -391,12 +446,47 @@ def test_reason_is_told_when_the_model_cannot_be_traced():
         ({"num_steps": 0}, "num_steps must be at least 1, but got 0"),
         ({"num_particles": 0}, "num_particles must be at least 1, but got 0"),
         ({"compile": "yes"}, "compile must be True, False or 'auto', but got 'yes'"),
-        ({"time_limit": -1.0}, "time_limit must be positive, but got -1.0"),
+        ({"time_limit": -1.0}, "time_limit must be positive and finite, but got -1.0"),
+        ({"time_limit": math.inf}, "time_limit must be positive and finite, but got inf"),
+        ({"guide": AutoLaplaceApproximation(conjugate)}, r"guide.laplace_approximation\(...\) to diagnose"),
     ],
 )
 def test_arguments_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         fit(conjugate, DATA, **{**QUICK, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"num_steps": "9"}, "num_steps must be a whole number, but got '9'"),
+        ({"num_steps": 2.5}, "num_steps must be a whole number, but got 2.5"),
+        ({"num_steps": True}, "num_steps must be a whole number, but got True"),
+        ({"num_particles": 8.0}, "num_particles must be a whole number, but got 8.0"),
+        ({"seed": "1"}, "seed must be a whole number, but got '1'"),
+        ({"time_limit": "60"}, "time_limit must be a number of seconds, but got '60'"),
+        ({"guide": AutoNormal}, r"guide must be an instance, but got the class AutoNormal: pass guide=AutoNormal\(m"),
+        ({"guide": 3}, "guide must be a guide of Pyro, but got 3"),
+    ],
+)
+def test_arguments_of_wrong_types(settings, message):
+    with pytest.raises(TypeError, match=message):
+        fit(conjugate, DATA, **{**QUICK, **settings})
+
+
+def test_resume_checks_its_arguments():
+    result = Fit(conjugate, (DATA,))
+    with pytest.raises(TypeError, match="num_steps must be a whole number, but got 0.5"):
+        result.resume(0.5)
+    with pytest.raises(ValueError, match="time_limit must be positive"):
+        result.resume(time_limit=0)
+
+
+def test_guide_without_parameters():
+    guide = AutoLaplaceApproximation(conjugate)
+    guide(DATA)
+    with pytest.raises(ValueError, match="guide AutoMultivariateNormal has no parameters to train: judge it by diag"):
+        fit(conjugate, DATA, guide=guide.laplace_approximation(DATA), **QUICK)
 
 
 def test_no_finite_start():

@@ -361,6 +361,19 @@ def test_resumed_plateau_has_no_ramp_and_looks_at_new_losses():
     assert second.rates[first.num_steps] == 0.1
 
 
+def test_few_resumed_steps_leave_the_verdict_as_it_was():
+    x = parameter(5.0)
+    objective = lambda: quadratic(x, (1.0,))  # noqa: E731
+    early = fit(objective, [x], lr=0.1, num_steps=50)
+    assert not early.converged and not fit(objective, [x], lr=0.1, num_steps=20, resume=early).converged
+    first = fit(objective, [x], lr=0.1)
+    assert fit(objective, [x], lr=0.1, num_steps=20, resume=first).converged
+    assert not fit(lambda: x.sum(), [x], lr=0.1, num_steps=150, resume=first).converged  # enough to tell
+    values = iter([1.0] * 20 + [math.nan] * 3 + [1.0] * 30)
+    again = fit(lambda: x.sum() * 0 + next(values), [x], lr=0.1, num_steps=30, resume=first)
+    assert again.restarts == 1 and not again.converged
+
+
 def test_resumed_validation_keeps_the_best():
     x = parameter(1.0)
     kwargs = {"num_steps": 10, "validate": lambda: x.square().item(), "validate_every": 5}
