@@ -95,17 +95,23 @@ class GuideDiagnostics:
     @property
     def reliable(self) -> bool:
         """True if the corrected draws can be trusted, and no mode is known to be missed."""
-        return not self.missed_modes and not faults(self.ess, self.unseen, self.num_samples)
+        return not self.faults
 
     @property
-    def verdict(self) -> str:
-        """The advice in words: what can be trusted, the reasons why not, and what is not known."""
+    def faults(self) -> list[str]:
+        """The reasons against trusting the corrected draws, in words; none if they can be trusted."""
         reasons = faults(self.ess, self.unseen, self.num_samples)
         if self.missed_modes:
             reasons.append(
                 f"the guide has almost no draws near {len(self.missed_modes)} of {self.num_modes} modes, which hold "
                 f"about {self.missed_mass:.0%} of the posterior"
             )
+        return reasons
+
+    @property
+    def verdict(self) -> str:
+        """The advice in words: what can be trusted, the reasons why not, and what is not known."""
+        reasons = self.faults
         if reasons:
             return (
                 f"neither the guide nor its correction can be trusted: {'; '.join(reasons)}. Train longer, use a "

@@ -9,12 +9,14 @@ import math
 import time
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
@@ -30,6 +32,7 @@ from pyro_hollow.infer.importance import smooth
 from pyro_hollow.infer.inference_data import import_arviz
 from pyro_hollow.infer.log_density import LogDensity
 from pyro_hollow.infer.model_density import is_marked
+from pyro_hollow.infer.particles import MixedParticles
 from pyro_hollow.infer.report import draw, page
 from pyro_hollow.infer.saving import check_latents, latents, parameters, restore_parameters, traced, write
 from pyro_hollow.train import ELBO, Training, train
@@ -57,6 +60,8 @@ _LIGHT, _GAUSSIAN_SHARE = 0.5, 0.95
 _LOW_SHARE, _EXTENSIONS, _EXTENSION_STEPS, _MORE_PARTICLES = 0.1, 2, 300, 3
 # Weights that are not light are made lighter in so many steps, unless they are worth a smaller share.
 _TAIL_STEPS, _TAIL_RATE, _LEAST_SHARE = 180, 0.003, 0.02
+_TRIALS = 10  # draws, one of which the model must allow
+_MIXED = "particles were mixed in training, so that the guide is none of this model; resume() trains one at a time"
 
 
 def fit(
@@ -358,6 +363,7 @@ class _Run:
                     result.reasons.append("Ctrl-C ended the fit before it was done")
             else:
                 result.reasons.append("Ctrl-C ended the fit of the Gaussian")
+            self._check_particles(result, objective)
             result.diagnostics = self._judge(result, objective)
         self._tell(result)
         result.seconds += time.perf_counter() - self.begin
@@ -437,6 +443,8 @@ class _Run:
             self.log_density = LogDensity(
                 self.model, *self.args, compile=self.compile, batch_size=self.num_particles, **self.kwargs
             )
+            if not self.log_density.observes:
+                reasons.append("the model observes no data, so that this is its prior: pass the data as its arguments")
         if self.guide is None:
             self.guide = self._make_guide(reasons)
         elif result.training is None:
@@ -448,6 +456,8 @@ class _Run:
         if self.num_particles is None:
             batch = 1 if density is None else density.batch_size
             self.num_particles = batch if batch > 1 else _NUM_PARTICLES
+        if density is not None and result.training is not None:  # the start alone may not show that particles mix
+            self._agrees(density, DensityELBO(self.guide, density, 1, *self.args, **self.kwargs))
         result.guide, result.num_particles, result.compile = self.guide, self.num_particles, self.compile
         if density is None:
             reasons.append(f"{type(self.guide).__name__} is sampled by Pyro's handlers, and so is the model")
@@ -523,9 +533,10 @@ class _Run:
             if bool(finite.any()) and score > best:
                 best, chosen = score, point
         if chosen is None:
+            ((fault, count),) = Counter(map(density.fault, points)).most_common(1)
             raise ArithmeticError(
-                f"the log joint density of the model is finite around none of {len(points)} starts; look at its priors "
-                "and data, or give a guide with an init_loc_fn"
+                f"the log joint density of the model is finite around none of {len(points)} starts (at {count} of them "
+                f"{fault}); look at the priors and data there, or give a guide with an init_loc_fn"
             )
         start = GaussianFit(chosen, _INITIAL_SCALE * torch.eye(dim).to(like))
         return fit_gaussian(density.value_and_gradient, start, report=lambda *_: self._time_is_over())
@@ -537,31 +548,72 @@ class _Run:
         density = self.log_density
         if density is not None and density.subsamples:
             names = ", ".join(map(repr, density.subsamples))
-            result.reasons.append(f"no draws were weighed, as plate {names} subsamples the data")
+            result.reasons.append(
+                f"no draws were weighed, as plate {names} subsamples the data; diagnose weighs those of fit.guide by a "
+                "model with all the data"
+            )
             return None
         try:
             if density is None or density.particles == "plate":
-                return diagnose(self.model, self.guide, *self.args, batch_size=_BATCH_SIZE, **self.kwargs)
-            return self._weigh(objective, density)
+                try:
+                    return diagnose(self.model, self.guide, *self.args, batch_size=_BATCH_SIZE, **self.kwargs)
+                except (ArithmeticError, RuntimeError, ValueError) as error:
+                    if density is None:
+                        raise
+                    self._excuse(result, density, error)
+            with pyro.validation_enabled(False):
+                return self._weigh(objective, density)
         except KeyboardInterrupt:
             result.reasons.append("no draws were weighed, as Ctrl-C was pressed")
-            return None
-        except ValueError as error:
-            line = str(error).splitlines()[0]  # Pyro adds whole tensors
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            line = _first_line(error)
             result.reasons.append(f"no draws were weighed ({line})")
             warnings.warn(f"fit has no diagnostics, as diagnose failed: {line}", stacklevel=4)
-            return None
+        return None
+
+    def _excuse(self, result: Fit, density: LogDensity, error: Exception) -> None:
+        """Says why draws are weighed by the density after an error of the model at one of them."""
+        if isinstance(error, MixedParticles):
+            density.separate(_first_line(error))
+            result.reasons.append(_MIXED)
+            return
+        result.reasons.append(
+            f"diagnose failed ({_first_line(error)}), so that the draws were weighed by LogDensity; draws at which the "
+            "model cannot be evaluated have no weight"
+        )
 
     @torch.no_grad()
     def _weigh(self, objective: Any, density: LogDensity) -> GuideDiagnostics:
-        """Findings for a model that allows no further plate, of fewer draws, as each is predicted by itself."""
-        pair = Pair(self.model, self.guide, self.args, self.kwargs, None)
+        """Findings by the density. Without a plate there are fewer draws, as each is predicted by itself."""
+        pair = self._pair()
         log_weights, z = objective.weigh(_NUM_SAMPLES)
         log_weights = log_weights.to("cpu", torch.float64)
         samples = {name: values.cpu() for name, values in density.constrain(z).items()}
+        plate = density.particles == "plate"
+        num_draws, batch_size = (_NUM_SAMPLES, _BATCH_SIZE) if plate else (_NUM_SAMPLES // 4, None)
         return describe(
-            pair, log_weights, samples, _NUM_SAMPLES // 4, None, log_likelihood=True, posterior_predictive=True
+            pair, log_weights, samples, num_draws, batch_size, log_likelihood=True, posterior_predictive=True
         )
+
+    def _pair(self) -> Pair:
+        """Model and guide, at a draw at which the model can be evaluated."""
+        for left in reversed(range(_TRIALS)):
+            try:
+                return Pair(self.model, self.guide, self.args, self.kwargs, None)
+            except (ArithmeticError, RuntimeError, ValueError):
+                if not left:
+                    raise
+        raise AssertionError
+
+    def _check_particles(self, result: Fit, objective: Any) -> None:
+        """Says if the training has mixed particles, which the start did not show."""
+        density = self.log_density
+        if density is not None and density.particles == "plate" and not self._agrees(density, objective):
+            result.reasons.append(_MIXED if density.particles != "plate" else "the training was by a wrong graph")
+
+    @torch.no_grad()
+    def _agrees(self, density: LogDensity, objective: Any) -> bool:
+        return density.check(objective.posterior().sample((density.batch_size,)))
 
     def _tell(self, result: Fit) -> None:
         """Says how model and flow were evaluated."""
@@ -574,6 +626,13 @@ class _Run:
             result.reasons.append(density.reason)
         for flow in getattr(self.guide, "flows", ())[:1] if isinstance(self.guide, AutoHollowCNF) else ():
             result.backend += f"; flow by the {flow.last_solve.backend} stepper"
+
+
+def _first_line(error: Exception) -> str:
+    """The message, without the tensors and tables that Pyro adds."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    told = lines[0].startswith("Error while computing log_prob") and len(lines) > 1
+    return f"{lines[0]} {lines[1]}" if told else lines[0]
 
 
 class _Weights:

@@ -31,6 +31,7 @@ _WORTH_LOADING = 0.5
 _WORTH_COMPILING = 3.0
 # The call that is compared with a particle alone; the next one comes after twice as many calls.
 _FIRST_CHECK = 64
+_CHECKED = 4  # particles that `check` compares
 _TOLERANCE = 1e-3  # of densities and gradients, relative and absolute
 # The points of the checks: how many, how far from the start, and how often that is halved until densities are finite.
 _POINTS = 2
@@ -102,7 +103,8 @@ class LogDensity:
         A single particle is evaluated alone.
     :param kwargs: keyword arguments of the model; pass arguments with one of the names above by position.
     :raises ValueError: for a model without continuous latents, with discrete ones that are not marked for enumeration,
-        with data that are not finite, and where the support of a site depends on other latents or has no bijection.
+        with data that are not finite or outside of their support, and where the support of a site depends on other
+        latents or has no bijection.
     :raises NotImplementedError: for latents in a subsampled plate.
     """
 
@@ -129,11 +131,8 @@ class LogDensity:
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             self._function: Callable[..., Tensor] = self._density.one_by_one
             self.particles, self._function = self._choose()
-            own = _default_batch_size(self.dim, self._density.elements) if batch_size is None else batch_size
-            self.batch_size = 1 if self.particles == "one by one" else own
-            self._runner(self.batch_size)
-            if self.particles == "one by one" and self.backend != "handlers":
-                self._map_graph(own)
+            self._size = _default_batch_size(self.dim, self._density.elements) if batch_size is None else batch_size
+            self._settle()
         if compile is True and self.backend != "compiled":
             warnings.warn(f"compile=True has no effect, as {self.reason}", stacklevel=2)
 
@@ -157,6 +156,11 @@ class LogDensity:
     def sites(self) -> list[str]:
         """The names of the latent sites, in the order of their elements."""
         return list(self._density.sites)
+
+    @property
+    def observes(self) -> bool:
+        """False if the model observes no data, so that its posterior is its prior."""
+        return self._density.observes
 
     @property
     def masks(self) -> bool:
@@ -239,6 +243,13 @@ class LogDensity:
                 self.backend = graph.backend
         return self._runners[size]
 
+    def _settle(self) -> None:
+        """Sets the size of batches, and makes their graph."""
+        self.batch_size = 1 if self.particles == "one by one" else self._size
+        self._runner(self.batch_size)
+        if self.particles == "one by one" and self.backend != "handlers":
+            self._map_graph(self._size)
+
     def _fall_back(self, reason: str) -> None:
         if reason not in self._reasons:
             self._reasons.append(reason)
@@ -303,19 +314,52 @@ class LogDensity:
         """
         rows = self._rows(z.detach())
         subsamples = self._density.draw_subsamples()
-        if len(rows) in (1, self.batch_size):
-            value, gradient = self._evaluate(rows, subsamples)
-        elif len(rows) == 0:
-            value, gradient = rows.new_zeros(0), rows
-        else:
-            padding = rows[:1].expand(-len(rows) % self.batch_size, -1)
-            parts = torch.cat([rows, padding]).split(self.batch_size)
-            results = zip(*(self._evaluate(part, subsamples) for part in parts), strict=True)
-            value, gradient = (torch.cat(each)[: len(rows)] for each in results)
+        value, gradient = self._evaluate_all(rows, subsamples)
         self._calls += 1
         if self._calls == self._next_check and len(rows):
-            self._check_row(rows[0], value[0], subsamples)
+            self._next_check *= 2
+            if not self._compare(rows, value, 1, subsamples):
+                value, gradient = self._evaluate_all(rows, subsamples)
         return (value, gradient) if z.dim() == 2 else (value.view(z.shape[:-1]), gradient.view(z.shape))
+
+    def _evaluate_all(self, rows: Tensor, subsamples: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Evaluates any number of particles, in batches that are filled up."""
+        if len(rows) in (1, self.batch_size):
+            return self._evaluate(rows, subsamples)
+        if len(rows) == 0:
+            return rows.new_zeros(0), rows
+        padding = rows[:1].expand(-len(rows) % self.batch_size, -1)
+        parts = torch.cat([rows, padding]).split(self.batch_size)
+        results = zip(*(self._evaluate(part, subsamples) for part in parts), strict=True)
+        value, gradient = (torch.cat(each)[: len(rows)] for each in results)
+        return value, gradient
+
+    def check(self, z: Tensor) -> bool:
+        """
+        Compares the densities of a few particles of a batch with those of the same particles alone, by Pyro's handlers.
+        If they differ, all further calls go a slower way, with a warning; :attr:`reason` tells. The start alone cannot
+        show a model whose control flow depends on the values of all particles.
+
+        :param Tensor z: with shape ``(*, d)``.
+        :return: True if they agree.
+        """
+        rows, subsamples = self._rows(z.detach()), self._density.draw_subsamples()
+        value, _ = self._evaluate_all(rows, subsamples)
+        return self._compare(rows, value, _CHECKED, subsamples)
+
+    def fault(self, z: Tensor) -> str:
+        """
+        Tells in a clause what is not finite at a point.
+
+        :param Tensor z: with shape ``(d,)``, where the density or its gradient is not finite.
+        """
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+                names = self._density.infinite_sites(z, *self._density.draw_subsamples())
+        except _ERRORS as error:
+            return f"the model raises {type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''})"
+        sites = ", ".join(map(repr, names))
+        return f"log_prob of site {sites} is not finite" if names else "the gradient is not finite"
 
     def _rows(self, z: Tensor) -> Tensor:
         if z.dim() == 0 or z.shape[-1] != self.dim:
@@ -348,18 +392,45 @@ class LogDensity:
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             return self._runner(size)
 
-    def _check_row(self, row: Tensor, value: Tensor, subsamples: list[Tensor]) -> None:
-        """Compares a result with Pyro's handlers for the particle alone, and falls back if they differ."""
-        self._next_check *= 2
-        if self.backend == "handlers":
-            return
+    def _compare(self, rows: Tensor, values: Tensor, count: int, subsamples: list[Tensor]) -> bool:
+        """Compares results of the first particles with Pyro's handlers for each alone; falls back if they differ."""
+        if self.backend == "handlers" and self.particles != "plate":
+            return True
+        values = values[:count]
         with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
-            alone = self._density.of_one(row, *subsamples)
-        if not _agree(value, alone):
-            reason = f"after {self._calls} calls its graph gave {value.item():.6g} for a density of {alone.item():.6g}"
-            warnings.warn(f"LogDensity goes on by Pyro's handlers: {reason}", stacklevel=3)
+            alone = self._alone(rows[:count], subsamples)
+            if _agree(values, alone):
+                return True
+            mixed = self.particles == "plate" and not self._agree_together(rows, alone, subsamples)
+        if mixed:
+            reason = "the density of a particle depends on those next to it, by control flow or a reduction over all"
+            self.separate(reason)
+        else:
+            k = int((values - alone).abs().nan_to_num(math.inf).argmax())
+            reason = f"after {self._calls} calls its graph gave {values[k]:.6g} for a density of {alone[k]:.6g}"
             self._runners = {size: self._differentiate for size in self._runners}
             self._fall_back(reason)
+        way = "with particles by vmap" if self.particles == "vmap" else "by Pyro's handlers"
+        way = "one particle at a time" if self.particles == "one by one" else way
+        warnings.warn(f"LogDensity goes on {way}: {reason}", stacklevel=3)
+        return False
+
+    def _agree_together(self, rows: Tensor, alone: Tensor, subsamples: list[Tensor]) -> bool:
+        try:
+            return _agree(self._function(rows[: self.batch_size], *subsamples)[: len(alone)], alone)
+        except _ERRORS:
+            return True  # of another particle: nothing is known
+
+    def separate(self, reason: str) -> None:
+        """
+        Evaluates particles one by one from now on, or by ``torch.vmap`` where one of them can be recorded as a graph.
+
+        :param str reason: the reason, as a clause.
+        """
+        self._reasons.append(reason)
+        self.particles, self._function, self._runners = "one by one", self._density.one_by_one, {}
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+            self._settle()
 
     def potential(self, params: Mapping[str, Tensor]) -> Tensor:
         """

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pyro
@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.guides import prototype_hide_fn
-from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
@@ -23,12 +23,14 @@ from torch.distributions import Transform, biject_to
 
 from .log_joint import particle_sums, row_sums
 from .masked import MaskedElements, element_support, is_improper
+from .particles import check_supports
 from .plates import plates, subsampled
 from .start import check_data, choose_start
 
 __all__ = ["ImproperAtZero", "ModelDensity", "is_marked"]
 
 _PARTICLES = "_particles"
+_RANDOM_POINTS = 4  # at which supports are looked at, after the start
 _SPREAD = 0.1  # of the points that a start is chosen by, as in AutoHollowCNF
 
 
@@ -45,13 +47,14 @@ class ModelDensity:
     :ivar Tensor start: the latents at the start, with shape ``(d,)``.
     :ivar int elements: the number of elements of all sites' values.
     :ivar subsamples: the size of each subsampled plate and that of its subsamples, by name.
+    :ivar bool observes: the model has observed sites, factors or deterministic sites.
     :ivar parameters: the unconstrained parameters of the model, by name.
 
     :param model: the model.
     :param args: positional arguments of the model.
     :param kwargs: keyword arguments of the model.
     :raises ValueError: for a model without latents, with discrete latents that are not marked for parallel enumeration,
-        or with data that are not finite.
+        or with data that are not finite, or outside of the support of a distribution that validates them.
     :raises NotImplementedError: for latents in a subsampled plate.
     """
 
@@ -62,10 +65,8 @@ class ModelDensity:
             continuous = poutine.block(proper, hide_fn=is_marked)
             check_data(continuous, args, kwargs)
             init = choose_start(continuous, _SPREAD, args, kwargs)
-            # Sites that are enumerated are hidden from InitMessenger, which knows no start for them.
-            recorder = poutine.trace(proper)
-            poutine.block(InitMessenger(init)(poutine.block(recorder, hide_fn=is_marked)))(*args, **kwargs)
-            trace = recorder.trace
+            trace = self._record(init)
+            check_supports(self._traces(trace))
             latents = poutine.block(InitMessenger(init)(continuous), prototype_hide_fn)
             prototype = poutine.block(poutine.trace(latents).get_trace)(*args, **kwargs)
         self.sites = dict(prototype.iter_stochastic_nodes())
@@ -79,6 +80,7 @@ class ModelDensity:
             for name, site in trace.nodes.items()
             if site["type"] == "sample" and site_is_subsample(site) and len(site["value"]) < site["fn"].size
         }
+        self.observes = any(site["type"] == "sample" and site["is_observed"] for site in trace.nodes.values())
         self.parameters = {
             name: pyro.get_param_store()._params[name] for name, site in trace.nodes.items() if site["type"] == "param"
         }
@@ -89,6 +91,20 @@ class ModelDensity:
         self.dim = len(self.start)
         if self.dim == 0:
             raise ValueError("the model masks all of its latents, so that there is no density to evaluate")
+
+    def _record(self, init: Callable[..., Any]) -> poutine.Trace:
+        """A trace at a start."""
+        # Sites that are enumerated are hidden from InitMessenger, which knows no start for them.
+        recorder = poutine.trace(ImproperAtZero()(self.model))
+        poutine.block(InitMessenger(init)(poutine.block(recorder, hide_fn=is_marked)))(*self.args, **self.kwargs)
+        return recorder.trace
+
+    def _traces(self, first: poutine.Trace) -> Iterator[poutine.Trace]:
+        """Traces at the start and at a few random points, except where the model cannot be evaluated."""
+        yield first
+        for _ in range(_RANDOM_POINTS):
+            with suppress(ArithmeticError, RuntimeError, ValueError):
+                yield self._record(init_to_uniform(radius=2.0))
 
     def _check_sites(self, trace: poutine.Trace) -> None:
         if not self.sites:
@@ -197,6 +213,11 @@ class ModelDensity:
     def draw_subsamples(self) -> list[Tensor]:
         """Indices of a new subsample for each of :attr:`subsamples`."""
         return [torch.randperm(full)[:size] for full, size in self.subsamples.values()]
+
+    def infinite_sites(self, z: Tensor, *subsamples: Tensor) -> list[str]:
+        """The names of sites whose log densities at one particle are not finite."""
+        sites = self._trace(z, subsamples)[0].nodes.items()
+        return [n for n, site in sites if site["type"] == "sample" and not bool(site["log_prob"].isfinite().all())]
 
     def moving_support(self, z: Tensor, *subsamples: Tensor) -> str | None:
         """The first site whose support at one particle is not that of the start."""

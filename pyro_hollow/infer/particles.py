@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch import Independent
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -21,10 +23,14 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
-__all__ = ["check_independence", "check_observed", "explained"]
+__all__ = ["MixedParticles", "check_independence", "check_observed", "check_supports", "explained"]
 
 _TOLERANCE = 1e-3  # of the log density of a site, relative and absolute
 _ROUNDING = 4  # by how many units in the last place a value is moved to see how the density is conditioned
+
+
+class MixedParticles(ValueError):
+    """The density of a particle depends on the particles next to it."""
 
 
 def check_independence(
@@ -51,8 +57,8 @@ def check_independence(
     :param values: of latent sites, two particles of each in the first dimension, as under a plate of particles.
     :param int max_plate_nesting: the number of dimensions of the model's own plates.
     :param str remedy: the setting that the message recommends.
-    :raises ValueError: if the densities differ, with the name of the site, and if the model runs with one particle but
-        not with two.
+    :raises MixedParticles: if the densities differ, with the name of the site.
+    :raises ValueError: if the model runs with one particle but not with two.
     """
     state = get_rng_state()
     try:
@@ -71,7 +77,7 @@ def check_independence(
     for name in suspects:
         difference = abs(together[name] - alone[name])
         if abs(moved.get(name, math.nan) - alone[name]) < 0.1 * difference:
-            raise ValueError(
+            raise MixedParticles(
                 f"model must treat samples independently, but the log density of site {name!r} is "
                 f"{together[name]:.6g} for one next to another, and {alone[name]:.6g} for the same alone; reduce "
                 f"single dimensions, as sum(-1) does, write products with data as (w * X).sum(-1), or use {remedy}"
@@ -163,11 +169,17 @@ def check_observed(trace: poutine.Trace) -> None:
 
     :param trace: a trace of the model with its data; densities need not have been computed.
     :raises ValueError: if there are such values, with the name of the site and the index of the first one.
+    :raises TypeError: for values of NumPy, with which no distribution works.
     """
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"] or site["infer"].get("_deterministic"):
             continue
         value = site["value"]
+        if type(value).__module__ == "numpy":
+            raise TypeError(
+                f"observed value of site {name!r} must be a tensor, but is a {type(value).__name__} of NumPy: pass "
+                "torch.as_tensor(...)"
+            )
         if not isinstance(value, Tensor) or bool(value.isfinite().all()):
             continue
         wrong = ~value.isfinite() & _lacks_density(site)
@@ -178,6 +190,55 @@ def check_observed(trace: poutine.Trace) -> None:
                 f"{value.numel()} elements are not finite); remove these elements, or set them to any finite value "
                 "and mask them (poutine.mask, or obs_mask of pyro.sample)"
             )
+
+
+def check_supports(traces: Iterable[poutine.Trace]) -> None:
+    """
+    Refuses observed values outside of the support of their distribution, at sites that validate their values. Some
+    log densities are finite there, such as that of an exponential distribution at negative values.
+
+    :param traces: of the model at different latents, on which supports may depend; read as far as needed.
+    :raises ValueError: for values that are outside in all of the traces, with the name of the site.
+    """
+    found: dict[str, str] | None = None
+    for trace in traces:
+        outside = {name: text for name, site in trace.nodes.items() if (text := _outside(site))}
+        found = outside if found is None else {name: text for name, text in found.items() if name in outside}
+        if not found:
+            return
+    for text in (found or {}).values():
+        raise ValueError(f"{text}; correct the data, choose another distribution, or mask these elements")
+
+
+def _outside(site: Any) -> str:
+    """Tells of observed elements outside of the support that are not masked; empty if there are none."""
+    fn, value = site.get("fn"), site.get("value")
+    observed = site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic")
+    if not observed or not isinstance(value, Tensor) or not _validates(fn):
+        return ""
+    try:
+        wrong = ~fn.support.check(value)
+    except NotImplementedError:
+        return ""
+    while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
+        if isinstance(fn, MaskedDistribution):
+            wrong = scale_and_mask(wrong.to(torch.uint8), mask=fn._mask).bool()
+        fn = fn.base_dist
+    wrong = scale_and_mask(wrong.to(torch.uint8), mask=site["mask"]).bool()
+    if not bool(wrong.any()):
+        return ""
+    index = tuple(wrong.nonzero()[0].tolist())
+    example = f"{value[index].tolist()} at index {index}" if value.shape[: wrong.dim()] == wrong.shape else "not inside"
+    return (
+        f"observed value of site {site['name']!r} is {example}, outside of the support {site['fn'].support} of "
+        f"{type(fn).__name__} ({int(wrong.sum())} of {wrong.numel()} elements are)"
+    )
+
+
+def _validates(fn: Any) -> bool:
+    """True if a distribution, or one that it is made of, validates values."""
+    parts = (part for part in vars(fn).values() if isinstance(part, torch.distributions.Distribution))
+    return bool(vars(fn).get("_validate_args")) or any(map(_validates, parts))
 
 
 def _lacks_density(site: Any) -> Tensor:

@@ -5,17 +5,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import textwrap
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoContinuous, AutoNormal
+
+from .importance import limits
 
 __all__ = ["draw", "page"]
 
-_ROWS = 20  # of the table of latents
+_ROWS, _WIDTH = 20, 100  # of the table of latents, and of paragraphs
 _PANELS = 4  # marginals in the figure
 _STOPPED = {"max_steps": "the limit of steps; resume() goes on", "interrupted": "Ctrl-C"}
 _PRIOR_DRAWS = 4000
@@ -43,39 +48,127 @@ def _latents(fit: Any) -> list[str]:
 
 def page(fit: Any) -> str:
     """
-    Describes a fit in words and a table.
+    Describes a fit: the verdict, the findings on which it rests, a table of the posterior, and notes.
 
     :param fit: a :class:`~pyro_hollow.infer.Fit`.
     """
-    training, found = fit.training, fit.diagnostics
     if fit.guide is None:
         return "Posterior without a guide: call pyro_hollow.fit"
-    steps = "no steps" if training is None else f"{fit.num_steps} steps of {fit.num_particles} particles"
-    if fit.gaussian_suffices:
-        steps = f"the Gaussian of its start suffices ({fit.gaussian.num_steps} steps)"
-    elif training is not None and not fit.converged:
-        steps += f", not converged (stopped by {_STOPPED.get(training.stopped, training.stopped)})"
-    lines = [f"Posterior by {type(fit.guide).__name__}: {steps}, {fit.seconds:.1f} s", ""]
-    if found is None:
-        lines += [f"ELBO of the last steps     {fit.elbo:.3f}"]
-    else:
-        text = str(found).replace("(restarts=64 would)", "(diagnose(model, fit.guide, ..., restarts=64) would)")
-        lines += [text, "", *_table(fit)]
-    lines += ["", f"Evaluated: {fit.backend}."]
+    training, found = fit.training, fit.diagnostics
+    lines = [f"Posterior by {type(fit.guide).__name__}", *_paragraph(_verdict(fit)), ""]
+    lines += [f"{name:12} {text}" for name, text in _findings(fit)]
+    table = _table(fit) if found is not None else _guide_table(fit)
+    lines += ["", *table, ""] if table else [""]
     events = [] if training is None else training.events
-    return "\n".join([*lines, *(f"Note: {reason}" for reason in [*fit.reasons, *events])])
+    for note in [*fit.reasons, *events]:
+        lines += _paragraph(f"Note: {note}", "  ")
+    return "\n".join(lines)
+
+
+def _paragraph(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _verdict(fit: Any) -> str:
+    found = fit.diagnostics
+    if found is None:
+        return "NOT JUDGED: no draws were weighed; the notes tell why."
+    if not found.reliable:
+        return (
+            f"NOT RELIABLE: neither the guide nor its corrected draws can be trusted, as "
+            f"{'; and '.join(found.faults)}. fit.resume() trains on; NUTS runs on LogDensity(model, ...).potential."
+        )
+    return (
+        "RELIABLE: the corrected draws can be trusted where the guide has draws. Modes without draws were not looked "
+        "for: diagnose(model, fit.guide, ..., restarts=64) does."
+    )
+
+
+def _findings(fit: Any) -> list[tuple[str, str]]:
+    """Names and values of the findings."""
+    found, rows = fit.diagnostics, []
+    if found is None:
+        rows.append(("ELBO", f"{fit.elbo:.3f}, over the last steps"))
+    else:
+        weight = "light" if found.khat < 0.5 else "moderate" if found.khat <= 0.7 else "heavy"
+        scale = "light below 0.5, heavy above 0.7"
+        rows.append(("k-hat", f"{found.khat:.2f}: the importance weights have a {weight} tail ({scale})"))
+        most = limits(found.num_samples)[1]
+        rows.append(("unseen", f"{found.unseen:.1%} of the weight may lie beyond the draws; {most:.1%} is tolerated"))
+        rows.append(("draws", f"{found.num_samples:,}, worth {found.ess:,.0f} independent ones (ESS)"))
+        if found.impossible:
+            rows.append(("", f"{found.impossible:.1%} of them are impossible under the model"))
+        rows.append(("ELBO", f"{found.elbo:.3f} +- {found.elbo_error:.3f}"))
+        rows.append(("log evidence", f"{found.iw_bound:.3f} +- {found.iw_bound_error:.3f} (importance-weighted bound)"))
+    rows.append(("training", f"{_training(fit)}, {fit.seconds:.1f} s"))
+    rows.append(("evaluation", fit.backend))
+    return rows
+
+
+def _training(fit: Any) -> str:
+    training = fit.training
+    if fit.gaussian_suffices:
+        return f"the Gaussian of the start suffices ({fit.gaussian.num_steps} steps)"
+    if training is None:
+        return "no steps"
+    steps = f"{fit.num_steps:,} step{'s' if fit.num_steps != 1 else ''} of {fit.num_particles} particles"
+    if fit.converged:
+        return f"{steps}, converged"
+    return f"{steps}, not converged (stopped by {_STOPPED.get(training.stopped, training.stopped)})"
 
 
 def _table(fit: Any) -> list[str]:
-    draws = _draws(fit, "posterior")
-    width = max(len("latent"), *(len(name) for name in list(draws)[:_ROWS]))
-    lines = [f"{'latent':{width}} {'mean':>10} {'sd':>10} {'5 %':>10} {'median':>10} {'95 %':>10}"]
-    for name, values in list(draws.items())[:_ROWS]:
-        numbers = [values.mean(), values.std(), *np.quantile(values, [0.05, 0.5, 0.95])]
-        lines.append(f"{name:{width}} " + " ".join(f"{number:10.4g}" for number in numbers))
-    if len(draws) > _ROWS:
-        lines.append(f"and {len(draws) - _ROWS} more; arviz.summary(fit.posterior) has all")
-    return lines
+    """Moments and quantiles of the corrected draws, latents before deterministic sites."""
+    posterior = fit.posterior["posterior"]
+    latents = _latents(fit)
+    deterministic = [name for name in posterior.data_vars if name not in latents]
+    draws = {name: posterior[name].values for name in [*latents, *deterministic]}
+    draws = {name: values.reshape(-1, *values.shape[2:]) for name, values in draws.items()}
+    quantiles = [0.05, 0.5, 0.95]
+    numbers = {n: np.stack([v.mean(0), v.std(0), *np.quantile(v, quantiles, axis=0)]) for n, v in draws.items()}
+    table = _rows(numbers, ["mean", "sd", "5 %", "median", "95 %"], deterministic)
+    return [*table, "* deterministic"] if deterministic else table
+
+
+def _guide_table(fit: Any) -> list[str]:
+    """Quantiles of the guide, if it has any."""
+    if not isinstance(fit.guide, (AutoContinuous, AutoNormal)):
+        return []
+    with torch.no_grad():
+        found = fit.guide.quantiles([0.05, 0.5, 0.95], *fit.args, **fit.kwargs)
+    arrays = {n: (torch.stack(v) if isinstance(v, list) else v).numpy(force=True) for n, v in found.items()}
+    return ["Quantiles of the guide:", *_rows(arrays, ["5 %", "median", "95 %"], [])]
+
+
+def _rows(numbers: dict[str, np.ndarray], columns: list[str], marked: list[str]) -> list[str]:
+    """A table of the first elements of each site, and how many are left out."""
+    sizes = [math.prod(each.shape[1:]) for each in numbers.values()]
+    counts = _shares(sizes, _ROWS)
+    lines: list[tuple[str, str]] = []
+    for name, size, count in zip(numbers, sizes, counts, strict=True):
+        mark = " *" if name in marked else ""
+        for label, values in itertools.islice(_elements({name: numbers[name]}).items(), count):
+            lines.append((label + mark, "".join(f" {value:10.4g}" for value in values)))
+        if 0 < count < size:
+            lines.append((f"{name}[...]{mark}", f"  {size - count:,} more"))
+    width = max(len("latent"), *(len(label) for label, _ in lines))
+    table = ["latent".ljust(width) + "".join(f" {column:>10}" for column in columns)]
+    table += [f"{label:{width}}{text}" for label, text in lines]
+    if sum(sizes) > sum(counts):
+        left = f"{sum(sizes) - sum(counts):,} of {sum(sizes):,} elements are left out"
+        sites = f", {counts.count(0)} sites among them" if 0 in counts else ""
+        table.append(f"{left}{sites}; arviz.summary(fit.posterior) has all")
+    return table
+
+
+def _shares(sizes: list[int], total: int) -> list[int]:
+    """Divides a number of rows among sites: small ones are shown whole, large ones get equal shares."""
+    shares, left = [0] * len(sizes), total
+    chosen = sorted(range(len(sizes))[:total], key=lambda k: sizes[k])
+    for rank, k in enumerate(chosen):
+        shares[k] = min(sizes[k], left // (len(chosen) - rank))
+        left -= shares[k]
+    return shares
 
 
 def draw(fit: Any) -> Any:

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib.figure import Figure
+from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.autoguide import (
     AutoDiagonalNormal,
@@ -192,7 +193,11 @@ def test_subsampled_data():
     result = fit(model, **{**QUICK, "num_steps": 300})
     assert result.guide.median()["z"].item() == pytest.approx(x.mean().item(), abs=0.05)
     assert math.isnan(result.khat) and math.isfinite(result.elbo)
-    assert "plate 'data' subsamples" in result.reasons[-1] and "subsamples" in str(result)
+    assert "plate 'data' subsamples" in result.reasons[-1]
+    text = str(result)
+    assert "NOT JUDGED: no draws were weighed" in text and "subsamples" in text
+    low, median, high = map(float, text.split("\nz ")[1].splitlines()[0].split())
+    assert low < median < high and median == pytest.approx(x.mean().item(), abs=0.05)
     with pytest.raises(ValueError, match="diagnose"):
         _ = result.posterior
     with pytest.raises(ValueError, match="diagnose"):
@@ -209,7 +214,7 @@ def test_gaussian_posterior_needs_no_flow():
     result = fit(conjugate, DATA, seed=0, compile=False, progress=False)
     assert result.num_particles == 64
     assert result.gaussian_suffices and result.converged
-    assert result.num_steps == 0 and "the Gaussian of its start suffices" in str(result)
+    assert result.num_steps == 0 and "the Gaussian of the start suffices" in str(result)
     check_conjugate(result, 0.03)
     result.resume(20, progress=False)
     assert result.num_steps == 20 and not result.gaussian_suffices
@@ -334,6 +339,7 @@ def test_failed_diagnostics_are_told_in_a_line(monkeypatch):
         raise ValueError("Expected parameter scale to be positive, but found:\ntensor([1.0, 2.0,\n -1.0])")
 
     monkeypatch.setattr("pyro_hollow.infer.fitting.diagnose", failing)
+    monkeypatch.setattr("pyro_hollow.infer.fitting.describe", failing)
     with pytest.warns(UserWarning, match="no diagnostics, as diagnose failed: Expected parameter scale .* found:$"):
         result = fit(conjugate, DATA, **QUICK)
     assert result.diagnostics is None
@@ -410,10 +416,49 @@ def test_load_names_latents_that_differ(tmp_path):
 
 def test_page():
     text = str(fit(funnel, **QUICK))
-    assert text.startswith("Posterior by AutoHollowCNF: 60 steps of 32 particles, not converged")
-    for part in ("ELBO", "k-hat", "latent", "x[2]", "95 %", "Evaluated: model as a graph"):
+    assert text.startswith("Posterior by AutoHollowCNF\nRELIABLE: ")
+    assert "60 steps of 32 particles, not converged" in text and "observes no data" in text
+    for part in ("k-hat  ", "(ESS)", "\nELBO  ", "\nx[2]  ", "95 %", "as a graph"):
         assert part in text
+    assert "left out" not in text and "deterministic" not in text
     assert repr(Fit(conjugate)).startswith("Posterior without a guide")
+
+
+def test_page_of_many_latents():
+    def model():
+        many = pyro.sample("many", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+        pyro.sample("matrix", dist.Normal(torch.zeros(5, 5), 1.0).to_event(2))
+        pyro.sample("last", dist.Normal(0.0, 1.0))
+        pyro.deterministic("double", 2 * many, event_dim=1)
+
+    text = str(fit(model, **{**QUICK, "num_steps": 1, "num_particles": 4}))
+    rows = [line.split("  ")[0] for line in text.splitlines()]
+    shown = {name: [row for row in rows if row.startswith(name)] for name in ("many", "matrix", "last", "double")}
+    assert shown["many"] == [*(f"many[{k}]" for k in range(6)), "many[...]"]
+    assert shown["matrix"][:6] == [f"matrix[{k // 5}, {k % 5}]" for k in range(6)] and shown["last"] == ["last"]
+    assert shown["double"] == [*(f"double[{k}] *" for k in range(7)), "double[...] *"] and "* deterministic" in rows
+    assert "66 of 86 elements are left out; arviz" in text and all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_page_of_many_sites():
+    def model():
+        for k in range(25):
+            pyro.sample(f"z_{k}", dist.Normal(0.0, 1.0))
+
+    text = str(fit(model, **{**QUICK, "num_steps": 1, "num_particles": 4}))
+    assert "\nz_19 " in text and "z_20" not in text
+    assert "5 of 25 elements are left out, 5 sites among them; arviz" in text
+
+
+def test_page_of_a_bad_fit():
+    def far():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("f", -8 * (z[..., 1] - 2 * z[..., 0] ** 2 + 4) ** 2)
+
+    guide = AutoNormal(far, init_scale=0.01)
+    text = " ".join(str(fit(far, guide=guide, **{**QUICK, "num_steps": 1})).split())
+    assert "NOT RELIABLE: neither the guide nor its corrected draws can be trusted, as " in text
+    assert "fit.resume() trains on; NUTS runs on LogDensity(model, ...).potential." in text
 
 
 def test_figure():
@@ -494,8 +539,91 @@ def test_no_finite_start():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.factor("f", -math.inf * (1 + z**2))
 
-    with pytest.raises(ArithmeticError, match="finite around none of 11 starts"):
+    message = r"finite around none of 11 starts \(at 11 of them log_prob of site 'f' is not finite\)"
+    with pytest.raises(ArithmeticError, match=message):
         fit(nowhere, **QUICK)
+
+
+def test_no_start_with_a_finite_gradient():
+    def steep():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.where(z > -math.inf, 0.0, (z - z).sqrt()))
+
+    with pytest.raises(ArithmeticError, match=r"at 11 of them the gradient is not finite"):
+        fit(steep, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "likelihood, value, support",
+    [
+        (lambda z: dist.Bernoulli(logits=z), 2.0, r"Boolean\(\) of Bernoulli"),
+        (lambda z: dist.Exponential(z.exp()), -1.0, r"GreaterThanEq\(lower_bound=0.0\) of Exponential"),
+    ],
+)
+def test_data_out_of_the_support(likelihood, value, support):
+    def model(x, mask):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            pyro.sample("x", likelihood(z), obs=x)
+
+    x = torch.tensor([1.0, value, 0.0])
+    message = rf"observed value of site 'x' is {value} at index \(1,\), outside of the support {support} \(1 of 3"
+    with pytest.raises(ValueError, match=message):
+        fit(model, x, torch.tensor(True), **QUICK)
+    LogDensity(model, x, x != value, compile=False)  # masked
+    with pyro.validation_enabled(False):
+        LogDensity(model, x, torch.tensor(True), compile=False)
+
+
+def test_data_of_numpy():
+    with pytest.raises(TypeError, match="value of site 'x' must be a tensor, but is a ndarray of NumPy: pass torch.as"):
+        fit(conjugate, DATA.numpy(), **QUICK)
+
+
+def test_support_that_depends_on_latents_is_no_fault():
+    def model(x):
+        bound = pyro.sample("bound", dist.Pareto(1.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Uniform(0.0, bound), obs=x)
+
+    LogDensity(model, torch.tensor([1.2, 2.5]), compile=False)  # the median of the bound is 2
+
+
+def test_draws_at_which_the_model_is_invalid_have_no_weight():
+    def model(x):
+        scale = pyro.sample("scale", dist.Normal(1.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, scale), obs=x)
+
+    x = torch.tensor([0.3, -0.5])
+    result = fit(model, x, **{**QUICK, "num_steps": 1})
+    grid = torch.linspace(1e-3, 8.0, 8000)
+    joint = dist.Normal(1.0, 1.0).log_prob(grid) + dist.Normal(0.0, grid.unsqueeze(-1)).log_prob(x).sum(-1)
+    assert result.log_evidence == pytest.approx((joint.logsumexp(0) + math.log(1e-3)).item(), abs=0.05)
+    assert "Expected parameter scale" in result.reasons[-1] and "have no weight" in result.reasons[-1]
+    assert 0 < result.diagnostics.impossible < 0.5
+    assert (result.posterior["posterior"]["scale"].values > 0).all()
+    assert result.posterior["posterior_predictive"]["x"].shape == (4, 1000, 2)
+
+
+def test_particles_that_mix_away_from_the_start(monkeypatch):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        scale = 3.0 if (z > 1.0).any() else 1.0
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    monkeypatch.setattr("pyro_hollow.infer.log_density._FIRST_CHECK", 10**6)
+    monkeypatch.setattr("pyro_hollow.infer.fitting._NUM_SAMPLES", 400)
+    with pytest.warns(UserWarning, match="one particle at a time: the density of a particle depends on those next to"):
+        result = fit(model, DATA, **{**QUICK, "num_steps": 5})
+    assert "particles were mixed in training" in str(result)
+    assert result.backend.startswith("model by Pyro's handlers, one particle at a time")
+    grid = torch.linspace(-8.0, 8.0, 4001)
+    scale = torch.where(grid > 1.0, 3.0, 1.0)
+    joint = dist.Normal(0.0, 1.0).log_prob(grid)
+    joint = joint + dist.Normal(grid.unsqueeze(-1), scale.unsqueeze(-1)).log_prob(DATA).sum(-1)
+    assert result.log_evidence == pytest.approx((joint.logsumexp(0) + math.log(16 / 4000)).item(), abs=0.3)
 
 
 def test_model_without_latents():

@@ -815,3 +815,33 @@ def test_nuts_by_the_density_and_by_pyro():
         deviation = values.std(0)
         assert bool(((ours[name].mean(0) - values.mean(0)).abs() < 0.4 * deviation).all()), name
         assert bool(((ours[name].std(0) / deviation).log().abs() < 0.4).all()), name
+
+
+def test_particles_that_mix_away_from_the_start_are_separated():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("f", -torch.where(z.max() > 3.0, 2.0, 1.0) * z.square().sum(-1))
+
+    log_density = LogDensity(model, compile=False)
+    assert log_density.particles == "plate" and log_density.backend == "graph"
+    z = torch.randn(8, 2)
+    assert log_density.check(z)
+    z[5] += 4.0
+    with pytest.warns(UserWarning, match="goes on with particles by vmap: the density of a particle depends on those"):
+        assert not log_density.check(z)
+    factor = torch.where(z.max(-1).values > 3.0, 2.0, 1.0)
+    value, gradient = log_density.value_and_gradient(z)
+    expected = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) - factor * z.square().sum(-1)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, -z * (1 + 2 * factor.unsqueeze(-1)))
+    assert log_density.check(z) and "those next to it" in log_density.reason
+
+
+def test_fault_names_sites():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.sqrt(), 1.0), obs=x)
+
+    log_density = LogDensity(model, torch.tensor(1.0), compile=False)
+    assert log_density.fault(torch.tensor([-1.0])) == "log_prob of site 'x' is not finite"
+    assert log_density.fault(torch.tensor([0.0])) == "the gradient is not finite"
