@@ -19,7 +19,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
-from pyro_hollow.infer.importance import faults, smooth
+from pyro_hollow.infer.importance import faults, resample, smooth
 from pyro_hollow.infer.inference_data import check_names, import_arviz, inference_data
 from pyro_hollow.infer.log_joint import log_densities
 from pyro_hollow.infer.modes import LogJoint, MissedModes, find_missed_modes
@@ -258,7 +258,7 @@ def describe(
     if restarts:
         log_joint = LogJoint(pair.model, pair.args, pair.kwargs, pair.max_plate_nesting, pair.prototypes)
         modes = find_missed_modes(log_joint, samples, weights, summary["iw_bound"], restarts)
-    chosen = _resample(weights, num_draws)
+    chosen = resample(weights, num_draws)
     draws = {name: values[chosen] for name, values in samples.items()}
     found = {"posterior": draws, "sample_stats": {"log_weight": log_weights[chosen]}, "guide": samples}
     with torch.no_grad():
@@ -404,14 +404,6 @@ def _plate_nesting(trace: poutine.Trace, owner: str) -> int:
 
 def _shapes(values: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in values.items()}
-
-
-def _resample(weights: Tensor, num_draws: int) -> Tensor:
-    """Indices by systematic resampling: each occurs num_draws times its weight, rounded up or down."""
-    cumulative = weights.cumsum(0)
-    offset = 1 - torch.rand_like(weights[0])  # in (0, 1], which never meets a weight of 0
-    positions = (torch.arange(num_draws, dtype=weights.dtype, device=weights.device) + offset) / num_draws
-    return torch.searchsorted(cumulative, positions * cumulative[-1])
 
 
 def _summarise(log_weights: Tensor, weights: Tensor) -> dict[str, float]:

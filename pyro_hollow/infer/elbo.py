@@ -19,7 +19,7 @@ from pyro_hollow.transforms import HollowCNF
 
 from .autoguide import AutoHollowCNF
 from .guide_posterior import spread_normal
-from .importance import smooth
+from .importance import resample, smooth
 from .log_density import LogDensity
 
 __all__ = ["DensityELBO", "InclusiveKL", "PathELBO", "supports"]
@@ -233,7 +233,7 @@ class InclusiveKL:
             log_q = log_q - transform.log_abs_det_jacobian(before, y)
         log_weights = self.objective.log_density(y) - log_q
         weights = smooth(log_weights.to("cpu", torch.float64).nan_to_num(nan=-math.inf)).weights
-        return y[torch.multinomial(weights, len(y), replacement=True).to(y.device)]
+        return y[resample(weights, len(y)).to(y.device)]
 
     def _base_sample(self) -> tuple[Tensor, Tensor]:
         r"""

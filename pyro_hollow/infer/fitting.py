@@ -363,7 +363,6 @@ class _Run:
                     result.reasons.append("Ctrl-C ended the fit before it was done")
             else:
                 result.reasons.append("Ctrl-C ended the fit of the Gaussian")
-            self._check_particles(result, objective)
             result.diagnostics = self._judge(result, objective)
         self._tell(result)
         result.seconds += time.perf_counter() - self.begin
@@ -546,14 +545,15 @@ class _Run:
 
     def _judge(self, result: Fit, objective: Any) -> GuideDiagnostics | None:
         density = self.log_density
-        if density is not None and density.subsamples:
-            names = ", ".join(map(repr, density.subsamples))
-            result.reasons.append(
-                f"no draws were weighed, as plate {names} subsamples the data; diagnose weighs those of fit.guide by a "
-                "model with all the data"
-            )
-            return None
         try:
+            self._check_particles(result, objective)
+            if density is not None and density.subsamples:
+                names = ", ".join(map(repr, density.subsamples))
+                result.reasons.append(
+                    f"no draws were weighed, as plate {names} subsamples the data; diagnose weighs those of fit.guide "
+                    "by a model with all the data"
+                )
+                return None
             if density is None or density.particles == "plate":
                 try:
                     return diagnose(self.model, self.guide, *self.args, batch_size=_BATCH_SIZE, **self.kwargs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SmoothedWeights", "faults", "fit_generalized_pareto", "limits", "smooth"]
+__all__ = ["SmoothedWeights", "faults", "fit_generalized_pareto", "limits", "resample", "smooth"]
 
 # Weights below this share of the largest underflow; none of them is a part of the tail.
 _LOG_TINY = math.log(torch.finfo(torch.float64).tiny)
@@ -108,6 +108,20 @@ def smooth(log_weights: Tensor) -> SmoothedWeights:
     excess = (log_size if k == 0 else math.expm1(k * log_size) / k) + 1
     unseen = (smallest.item() + scale * excess / (1 - k)) / log_smoothed.logsumexp(0).exp().item()
     return SmoothedWeights(log_smoothed.softmax(0), shape, min(unseen, 1.0))
+
+
+def resample(weights: Tensor, num_draws: int) -> Tensor:
+    """
+    Draws indices by systematic resampling: each occurs num_draws times its weight, rounded up or down.
+
+    :param Tensor weights: weights that sum to 1, with shape ``(S,)``.
+    :param int num_draws: the number of indices.
+    :return: the indices in ascending order, with shape ``(num_draws,)``.
+    """
+    cumulative = weights.cumsum(0)
+    offset = 1 - torch.rand_like(weights[0])  # in (0, 1], which never meets a weight of 0
+    positions = (torch.arange(num_draws, dtype=weights.dtype, device=weights.device) + offset) / num_draws
+    return torch.searchsorted(cumulative, positions * cumulative[-1])
 
 
 def limits(num_samples: int) -> tuple[float, float]:

@@ -32,6 +32,7 @@ _WORTH_COMPILING = 3.0
 # The call that is compared with a particle alone; the next one comes after twice as many calls.
 _FIRST_CHECK = 64
 _CHECKED = 4  # particles that `check` compares
+_ROUNDING = 4  # by how many units in the last place latents are moved to see how a density is conditioned
 _TOLERANCE = 1e-3  # of densities and gradients, relative and absolute
 # The points of the checks: how many, how far from the start, and how often that is halved until densities are finite.
 _POINTS = 2
@@ -399,7 +400,7 @@ class LogDensity:
         values = values[:count]
         with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             alone = self._alone(rows[:count], subsamples)
-            if _agree(values, alone):
+            if _agree(values, alone) or self._is_rounding(values - alone, rows[:count], alone, subsamples):
                 return True
             mixed = self.particles == "plate" and not self._agree_together(rows, alone, subsamples)
         if mixed:
@@ -414,6 +415,14 @@ class LogDensity:
         way = "one particle at a time" if self.particles == "one by one" else way
         warnings.warn(f"LogDensity goes on {way}: {reason}", stacklevel=3)
         return False
+
+    def _is_rounding(self, difference: Tensor, rows: Tensor, alone: Tensor, subsamples: list[Tensor]) -> bool:
+        """True if rounding of the latents by some units in the last place changes densities as much."""
+        moved = self._alone(rows * (1 - _ROUNDING * torch.finfo(rows.dtype).eps), subsamples) - alone
+        finite = alone.isfinite()
+        return bool((difference.abs() <= 10 * moved.abs())[finite].all()) and not bool(
+            difference[~finite].isfinite().any()
+        )
 
     def _agree_together(self, rows: Tensor, alone: Tensor, subsamples: list[Tensor]) -> bool:
         try:

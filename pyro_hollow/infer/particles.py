@@ -220,8 +220,12 @@ def _outside(site: Any) -> str:
         wrong = ~fn.support.check(value)
     except NotImplementedError:
         return ""
+    inside = False  # of an event, where a mask has other dimensions than the check
     while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
+        inside |= isinstance(fn, Independent)
         if isinstance(fn, MaskedDistribution):
+            if inside:
+                return ""
             wrong = scale_and_mask(wrong.to(torch.uint8), mask=fn._mask).bool()
         fn = fn.base_dist
     wrong = scale_and_mask(wrong.to(torch.uint8), mask=site["mask"]).bool()

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import textwrap
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -190,11 +192,19 @@ def draw(fit: Any) -> Any:
     _draw_weights(top[0, 1], fit)
     _draw_pair(top[0, 2], draws, guide)
     top[0, 3].axis("off")
-    top[0, 3].text(
-        0, 1, str(fit.diagnostics).replace(": ", ":\n").replace("; ", ";\n"), va="top", fontsize=7, wrap=True
-    )
+    paragraphs = [_verdict(fit), *(f"{name} {text}".strip() for name, text in _findings(fit))]
+    text = "\n".join("\n".join(textwrap.wrap(paragraph, 50)) for paragraph in paragraphs)
+    top[0, 3].text(0, 1, text, va="top", fontsize=7)
     _draw_marginals(top[1], fit, draws)
+    # Notebooks show a figure that pyplot has not made only once pyplot has made another one.
+    vars(figure)["_repr_png_"] = partial(_png, figure)
     return figure
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _draw_loss(axis: Any, fit: Any) -> None:

@@ -31,7 +31,7 @@ from transform_checks import QUICK
 
 from pyro_hollow import hollow_cnf
 from pyro_hollow.infer import GuideDiagnostics, diagnose
-from pyro_hollow.infer.diagnostics import _resample
+from pyro_hollow.infer.importance import resample
 
 arviz = pytest.importorskip("arviz")
 
@@ -326,7 +326,7 @@ def test_resampling_is_systematic(num_draws):
 
 def test_resampling_is_unbiased():
     weights = torch.tensor([0.0, 0.05, 0.3, 0.0, 0.2, 0.45, 0.0])
-    indices = torch.cat([_resample(weights, 3) for _ in range(4000)])
+    indices = torch.cat([resample(weights, 3) for _ in range(4000)])
     assert_close(indices.bincount(minlength=7) / 12_000, weights, rtol=0, atol=0.02)
 
 

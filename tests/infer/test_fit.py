@@ -468,6 +468,7 @@ def test_figure():
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[:3] == ["negative ELBO", f"largest weights, k-hat {result.khat:.2f}", "most bound pair"]
     assert titles[4:] == ["v", "x[0]", "x[1]", "x[2]"]
+    assert figure._repr_png_().startswith(b"\x89PNG")  # for notebooks
     labels = [text.get_text() for text in figure.axes[4].get_legend().get_texts()]
     assert sorted(labels) == ["posterior", "prior"]
 
