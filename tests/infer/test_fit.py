@@ -431,7 +431,7 @@ def test_page_of_many_latents():
         pyro.sample("last", dist.Normal(0.0, 1.0))
         pyro.deterministic("double", 2 * many, event_dim=1)
 
-    text = str(fit(model, **{**QUICK, "num_steps": 1, "num_particles": 4}))
+    text = str(fit(model, guide=AutoNormal(model), **{**QUICK, "num_steps": 1, "num_particles": 4}))
     rows = [line.split("  ")[0] for line in text.splitlines()]
     shown = {name: [row for row in rows if row.startswith(name)] for name in ("many", "matrix", "last", "double")}
     assert shown["many"] == [*(f"many[{k}]" for k in range(6)), "many[...]"]
@@ -445,7 +445,7 @@ def test_page_of_many_sites():
         for k in range(25):
             pyro.sample(f"z_{k}", dist.Normal(0.0, 1.0))
 
-    text = str(fit(model, **{**QUICK, "num_steps": 1, "num_particles": 4}))
+    text = str(fit(model, guide=AutoNormal(model), **{**QUICK, "num_steps": 1, "num_particles": 4}))
     assert "\nz_19 " in text and "z_20" not in text
     assert "5 of 25 elements are left out, 5 sites among them; arviz" in text
 
