@@ -240,9 +240,10 @@ def _outside(site: Any) -> str:
 
 
 def _validates(fn: Any) -> bool:
-    """True if a distribution, or one that it is made of, validates values."""
-    parts = (part for part in vars(fn).values() if isinstance(part, torch.distributions.Distribution))
-    return bool(vars(fn).get("_validate_args")) or any(map(_validates, parts))
+    """True if a distribution validates values. Its parts may do so where it does not, as those of a multinomial one."""
+    while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
+        fn = fn.base_dist
+    return bool(getattr(fn, "_validate_args", False))
 
 
 def _lacks_density(site: Any) -> Tensor:
