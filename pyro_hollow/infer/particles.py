@@ -214,8 +214,8 @@ def _outside(site: Any) -> str:
     """Tells of observed elements outside of the support that are not masked; empty if there are none."""
     fn, value = site.get("fn"), site.get("value")
     observed = site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic")
-    if not observed or not isinstance(value, Tensor) or not _validates(fn):
-        return ""
+    if not observed or not isinstance(value, Tensor) or not value.numel() or not _validates(fn):
+        return ""  # a factor has an empty value
     try:
         wrong = ~fn.support.check(value)
     except NotImplementedError:
