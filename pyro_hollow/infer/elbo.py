@@ -29,6 +29,8 @@ _WINDOW = 50  # steps over which the spread of log weights is averaged
 _STRETCHED = 0.25
 _LARGEST_FACTOR = 3.0
 _LEAST_GAIN = 0.02  # nats that are worth further steps
+# A flow that is not close, in nats, gains little in many steps, but all in all much: it gets so many at least.
+_CLOSE, _FEWEST_STEPS = 0.03, 800
 # Of InclusiveKL: how many samples, those of a batch, the calls for which they serve, and which of them are stretched.
 _SAMPLES, _BATCH_SIZE, _REDRAWN = 6000, 128, 60
 _SHARE, _FACTOR = 0.2, 2.0
@@ -144,6 +146,7 @@ class PathELBO(DensityELBO):
         self, guide: AutoHollowCNF, log_density: LogDensity, num_particles: int, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(guide, log_density, num_particles, *args, **kwargs)
+        self._calls = 0
         flows: Any = guide.flows
         self._lengths = [_StepLength(flow) for flow in flows if flow.solver.adaptive]
 
@@ -154,6 +157,7 @@ class PathELBO(DensityELBO):
 
     def __call__(self) -> Tensor:
         """Evaluates the negative ELBO of new particles, and adds its gradient to those of the parameters."""
+        self._calls += 1
         x, near = self._base_sample()
         parts: Any = self.guide.get_transform().parts  # type: ignore[attr-defined]
         *transforms, affine = parts
@@ -179,6 +183,11 @@ class PathELBO(DensityELBO):
             return log_weights.new_full((), math.inf)
         self._note(log_weights)
         return -log_weights.mean()
+
+    def threshold(self) -> float:
+        """See :meth:`DensityELBO.threshold`; minus infinity in the first steps of a flow that is not close."""
+        early = self._calls < _FEWEST_STEPS and self.divergence() > _CLOSE
+        return -math.inf if early else super().threshold()
 
     def _base_sample(self) -> tuple[Tensor, Tensor]:
         """Base samples, and the indices of those that are not stretched."""

@@ -60,6 +60,7 @@ _LIGHT, _GAUSSIAN_SHARE = 0.5, 0.95
 _LOW_SHARE, _EXTENSIONS, _EXTENSION_STEPS, _MORE_PARTICLES = 0.1, 2, 300, 3
 # Weights that are not light are made lighter in so many steps, unless they are worth a smaller share.
 _TAIL_STEPS, _TAIL_RATE, _LEAST_SHARE = 180, 0.003, 0.02
+_COMPARED = 3 * _NUM_SAMPLES  # before and after, as a k-hat of fewer scatters by as much as it may fall
 _TRIALS = 10  # draws, one of which the model must allow
 _MIXED = "particles were mixed in training, so that the guide is none of this model; resume() trains one at a time"
 
@@ -394,12 +395,12 @@ class _Run:
 
     def _lighten(self, objective: PathELBO, training: Training, progress: bool | str) -> None:
         """Trains the tails on weighted samples if weights are heavy, and undoes it if they get no lighter."""
-        before = _Weights(objective)
+        before = _Weights(objective, _COMPARED)
         if before.khat < _LIGHT or not before.share > _LEAST_SHARE:
             return
         kept = [parameter.detach().clone() for parameter in self.guide.parameters()]
         steps = self._train(InclusiveKL(objective), _TAIL_STEPS, None, progress, schedule="cosine", rate=_TAIL_RATE)
-        after = _Weights(objective)
+        after = _Weights(objective, _COMPARED)
         better = after.khat < before.khat and after.share > 0.5 * before.share
         what = "trained the tails in" if better else "undid"
         training.events.append(
@@ -638,9 +639,9 @@ def _first_line(error: Exception) -> str:
 class _Weights:
     """The k-hat of the importance weights of a guide's samples, and the share of the samples that they are worth."""
 
-    def __init__(self, objective: PathELBO) -> None:
-        log_weights, _ = objective.weigh(_NUM_SAMPLES)
+    def __init__(self, objective: PathELBO, num_samples: int = _NUM_SAMPLES) -> None:
+        log_weights, _ = objective.weigh(num_samples)
         self.khat, self.share = math.inf, 0.0
         if bool(log_weights.isfinite().any()) and not bool(log_weights.isnan().any()):
             found = smooth(log_weights.to("cpu", torch.float64))
-            self.khat, self.share = found.khat, 1 / found.weights.square().sum().item() / _NUM_SAMPLES
+            self.khat, self.share = found.khat, 1 / found.weights.square().sum().item() / num_samples

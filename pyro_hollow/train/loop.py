@@ -141,8 +141,8 @@ def train(
     :param clip_norm: the norm to which the gradient of all parameters together is clipped; None not to clip.
     :param int max_steps: the most steps where ``num_steps`` is None.
     :param time_limit: seconds of wall time after which no further step begins.
-    :param threshold: returns the gain below which the loss counts as no longer falling, where more than 0.01; such as
-        the standard error of a noisy loss.
+    :param threshold: returns the gain below which the loss counts as no longer falling; such as the standard error of a
+        noisy loss. None for a gain of 0.01.
     :param validate: returns a number that is lower for better parameters; called without gradients. The parameters of
         the best one are restored at the end.
     :param int validate_every: the steps between two validations; one more is made at the end.
@@ -381,7 +381,7 @@ class _Loop:
 
     def _has_plateau(self) -> bool:
         threshold = self.settings.threshold
-        least = LEAST_GAIN if threshold is None else max(LEAST_GAIN, threshold())
+        least = LEAST_GAIN if threshold is None else threshold()
         return gain(self.losses[self.schedule.start :]) < least
 
     def _validate(self) -> bool:

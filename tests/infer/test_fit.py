@@ -668,7 +668,7 @@ def test_tails_are_trained_where_weights_are_heavy(khats, event, monkeypatch):
     found = iter([(2.0, 0.9), (0.6, 0.9), *((khat, 0.9) for khat in khats)])  # start, extension, before and after
 
     class Weights:
-        def __init__(self, objective):
+        def __init__(self, objective, num_samples=0):
             self.khat, self.share = next(found)
 
     monkeypatch.setattr(fitting, "_Weights", Weights)
@@ -691,11 +691,22 @@ def test_tails_are_trained_where_weights_are_heavy(khats, event, monkeypatch):
         torch.testing.assert_close(parameter.detach(), value)
 
 
+def test_flows_that_are_not_close_get_more_steps():
+    guide = AutoHollowCNF(funnel, hidden_dims=[8], tails=True, warm_up=0)
+    guide.setup()
+    objective = PathELBO(guide, LogDensity(funnel, compile=False, batch_size=16), 16)
+    for variance, calls, least in ((0.2, 10, -math.inf), (0.2, 800, 0.02), (0.02, 10, 0.02), (1.0, 800, 0.05)):
+        objective._variances.append(torch.tensor(variance))
+        objective._calls = calls
+        assert objective.threshold() == pytest.approx(least)
+        objective._variances.clear()
+
+
 def test_few_weighty_samples_ask_for_more_particles(monkeypatch):
     found = iter([(2.0, 0.01), (2.0, 0.01), (2.0, 0.5), (0.1, 0.5)])
 
     class Weights:
-        def __init__(self, objective):
+        def __init__(self, objective, num_samples=0):
             self.khat, self.share = next(found)
 
     monkeypatch.setattr(fitting, "_Weights", Weights)
