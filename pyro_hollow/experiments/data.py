@@ -1,15 +1,17 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The data sets of the experiments: images with values in [0, 1], split for training, validation and test."""
+"""The data sets of the experiments: images with values in [0, 1], split for training, validation and test; and JSON."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import math
 import struct
 import sys
+import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +49,61 @@ SEED = 777
 
 class DataError(RuntimeError):
     """Data files that are missing, unreadable or not what they should be."""
+
+
+#: The errors of numpy and torch for a file that is no NPZ file of numbers.
+_UNREADABLE = (
+    OSError, ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data files in JSON and NPZ, in a folder of the folder that the option --data-dir names."""
+
+    folder: str  #: its name.
+    origin: str  #: where the files come from, in words.
+
+    def find(self, data_dir: Path | None, file: str) -> Path:
+        """
+        The path of a file.
+
+        :raises DataError: if it is missing.
+        """
+        hint = f"it comes from {self.origin}; name the folder that has {self.folder}/{file} with --data-dir"
+        if data_dir is None:
+            raise DataError(f"{file} is needed: {hint}")
+        path = data_dir / self.folder / file
+        if not path.is_file():
+            raise DataError(f"{path} is missing: {hint}")
+        return path
+
+    def read(self, data_dir: Path | None, file: str, *keys: str) -> list[Tensor]:
+        """
+        The values of keys in a file, as tensors of the default dtype.
+
+        :raises DataError: if the file is missing, cannot be read, or has not all keys.
+        """
+        path = self.find(data_dir, file)
+        try:
+            content = json.loads(path.read_text())
+            return [torch.tensor(content[key], dtype=torch.get_default_dtype()) for key in keys]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            name = self.origin.partition(" (")[0]
+            raise DataError(f"{path} is not a data set of {name} with {', '.join(keys)}: {error!r}") from error
+
+    def read_arrays(self, data_dir: Path | None, file: str, *keys: str) -> dict[str, Tensor]:
+        """
+        The arrays in a file of numpy's format NPZ, as tensors of the default dtype; all of them without keys.
+
+        :raises DataError: if the file is missing, cannot be read, or has not all keys.
+        """
+        path = self.find(data_dir, file)
+        try:
+            with open(path, "rb") as opened, np.load(opened) as arrays:
+                return {key: torch.from_numpy(arrays[key]).to(torch.get_default_dtype()) for key in keys or arrays}
+        except _UNREADABLE as error:
+            raise DataError(f"{path} is not an NPZ file of numbers: {error!r}") from error
 
 
 @dataclass(frozen=True)

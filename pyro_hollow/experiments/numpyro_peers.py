@@ -209,6 +209,42 @@ def lynx_hare(data: Any, substeps: int = 2) -> None:
     numpyro.sample("y", dist.LogNormal(log_z[::substeps], sigma).to_event(2), obs=y)
 
 
+def diamonds(data: Any) -> None:
+    """Prices of diamonds, with centred columns."""
+    design = data.X[:, 1:] - data.X[:, 1:].mean(0)
+    b = numpyro.sample("b", normal(0.0, 1.0, design.shape[-1]))
+    intercept = numpyro.sample("Intercept", dist.StudentT(3.0, 8.0, 10.0))
+    sigma = numpyro.sample("sigma", flat_positive())
+    numpyro.factor("prior", dist.StudentT(3.0, 0.0, 10.0).log_prob(sigma) + math.log(2))
+    numpyro.sample("y", dist.Normal(intercept + design @ b, sigma).to_event(1), obs=data.Y)
+
+
+def one_comp(data: Any, substeps: int = 2) -> None:
+    """Pharmacokinetics by the Runge-Kutta method in the cubic root of time, as in the Pyro model."""
+    k_a, k_m, v_m, sigma = (numpyro.sample(name, dist.HalfCauchy(1.0)) for name in ("k_a", "K_m", "V_m", "sigma"))
+    ends = jnp.cbrt(data.times)
+    begins = jnp.concatenate([jnp.zeros(1), ends[:-1]])
+    sizes = jnp.repeat((ends - begins) / substeps, substeps)
+    starts = jnp.repeat(begins, substeps) + sizes * jnp.tile(jnp.arange(substeps), len(ends))
+
+    def slope(s: Any, c: Any) -> Any:
+        left = jnp.maximum(c, 0.0)
+        intake = data.D * k_a * jnp.exp(-k_a * s**3)
+        return 3 * s**2 / data.V * (intake - v_m * left / (k_m + left))
+
+    def step(c: Any, span: Any) -> Any:
+        s, h = span
+        k1 = slope(s, c)
+        k2 = slope(s + h / 2, c + h / 2 * k1)
+        k3 = slope(s + h / 2, c + h / 2 * k2)
+        c = c + h / 6 * (k1 + 2 * (k2 + k3) + slope(s + h, c + h * k3))
+        return c, c
+
+    _, found = lax.scan(step, jnp.zeros(()), (starts, sizes))
+    mean = jnp.log(jnp.maximum(found[substeps - 1 :: substeps], 1e-10))
+    numpyro.sample("y", dist.LogNormal(mean, sigma).to_event(1), obs=data.C_hat)
+
+
 #: The models by name, each with the data set that it takes.
 MODELS: dict[str, tuple[Callable[..., None], str | None]] = {
     "funnel": (funnel, None),
@@ -227,6 +263,8 @@ MODELS: dict[str, tuple[Callable[..., None], str | None]] = {
     "gp": (gp, "gp_pois_regr"),
     "hmm": (hmm, "bball_drive_event_0"),
     "lynx_hare": (lynx_hare, "hudson_lynx_hare"),
+    "diamonds": (diamonds, "diamonds"),
+    "one_comp": (one_comp, "one_comp_mm_elim_abs"),
 }
 
 

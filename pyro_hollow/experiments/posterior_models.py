@@ -28,31 +28,30 @@ More posteriors need::
     gp_pois_regr.json         gp_pois_regr-gp_regr.reference_draws.npz
     bball_drive_event_0.json  bball_drive_event_0-hmm_drive_0.reference_draws.npz
     hudson_lynx_hare.json     hudson_lynx_hare-lotka_volterra.reference_draws.npz
+    diamonds.json             diamonds-diamonds.reference_draws.npz
+    one_comp_mm_elim_abs.json one_comp_mm_elim_abs-one_comp_mm_elim_abs.reference_draws.npz
 """
 
 from __future__ import annotations
 
-import json
 import math
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_hollow.experiments import defaults
-from pyro_hollow.experiments.data import DataError
+from pyro_hollow.experiments.data import Source
 
 NUM_DRAWS = 10_000
-SUBSTEPS = 2  #: Runge-Kutta steps per year of the Lotka-Volterra equations.
+SOURCE = Source("posteriordb", "posteriordb (https://github.com/stan-dev/posteriordb, folder posterior_database)")
+SUBSTEPS = 2  #: Runge-Kutta steps from one observation of an ODE to the next.
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,12 @@ def _rename(sites: dict[str, tuple[str, ...]], samples: dict[str, Tensor]) -> di
     return {name: column for site in sites for name, column in zip(sites[site], columns[site], strict=True)}
 
 
-def _flat(size: int) -> dist.TorchDistribution:
+def flat(size: int) -> dist.TorchDistribution:
     """The constant density on real vectors; unlike ImproperUniform it has samples, from which autoguides start."""
     return dist.Normal(0.0, 1.0).expand([size]).to_event(1).mask(False)
 
 
-def _flat_positive(*shape: int) -> dist.TorchDistribution:
+def flat_positive(*shape: int) -> dist.TorchDistribution:
     """The constant density on positive numbers, or on vectors of them."""
     return dist.LogNormal(0.0, 1.0).expand(shape).to_event(len(shape)).mask(False)
 
@@ -142,7 +141,7 @@ def _banana(data_dir: Path | None) -> Posterior:
 
 
 def _density_model(log_density: Callable[[Tensor], Tensor], size: int) -> None:
-    x = pyro.sample("x", _flat(size))
+    x = pyro.sample("x", flat(size))
     pyro.factor("log_density", log_density(x))
 
 
@@ -200,7 +199,7 @@ def _ark_model(y: Tensor, lags: Tensor) -> None:
 
 
 def _ark(data_dir: Path | None) -> Posterior:
-    order, y = _read_data(data_dir, "arK", "K", "y")
+    order, y = _read(data_dir, "arK", "K", "y")
     k = int(order)
     lags = y.unfold(0, k, 1)[:-1].flip(-1)  # row t: y[t - 1], ..., y[t - k]
     return Posterior(
@@ -232,7 +231,7 @@ def _garch_model(y: Tensor, sigma1: Tensor) -> None:
     fraction beta1 / (1 - alpha1), whose density is that of beta1 times d beta1 / d fraction = 1 - alpha1.
     """
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0).mask(False))
-    alpha0 = pyro.sample("alpha0", _flat_positive())
+    alpha0 = pyro.sample("alpha0", flat_positive())
     alpha1 = pyro.sample("alpha1", dist.Uniform(0.0, 1.0))
     fraction = pyro.sample("fraction", dist.Uniform(0.0, 1.0))
     pyro.factor("jacobian", torch.log1p(-alpha1))
@@ -250,7 +249,7 @@ def _garch_quantities(samples: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _garch(data_dir: Path | None) -> Posterior:
-    y, sigma1 = _read_data(data_dir, "garch", "y", "sigma1")
+    y, sigma1 = _read(data_dir, "garch", "y", "sigma1")
     return Posterior(
         "garch", "GARCH(1,1) (4-d)", "nearly Gaussian", partial(_garch_model, y, sigma1), _garch_quantities,
         ("alpha1", "beta1"), reference=_read_draws(data_dir, "garch-garch11"),
@@ -265,11 +264,11 @@ def _regression_model(y: Tensor, design: Tensor, beta: dist.TorchDistribution, s
 
 
 def _kidscore(data_dir: Path | None) -> Posterior:
-    score, hs, iq = _read_data(data_dir, "kidiq", "kid_score", "mom_hs", "mom_iq")
+    score, hs, iq = _read(data_dir, "kidiq", "kid_score", "mom_hs", "mom_iq")
     design = torch.stack([torch.ones_like(hs), hs, iq, hs * iq], dim=-1)
     return Posterior(
         "kidscore", "kid scores with interaction (5-d)", "nearly Gaussian",
-        partial(_regression_model, score, design, _flat(4), dist.HalfCauchy(2.5)),
+        partial(_regression_model, score, design, flat(4), dist.HalfCauchy(2.5)),
         partial(_rename, {"beta": _names("beta", 4), "sigma": ("sigma",)}), ("beta[1]", "beta[3]"),
         reference=_read_draws(data_dir, "kidiq-kidscore_interaction"),
     )  # fmt: skip
@@ -277,11 +276,11 @@ def _kidscore(data_dir: Path | None) -> Posterior:
 
 def _mesquite(data_dir: Path | None) -> Posterior:
     names = ("weight", "diam1", "diam2", "canopy_height", "total_height", "density", "group")
-    weight, *sizes, group = _read_data(data_dir, "mesquite", *names)
+    weight, *sizes, group = _read(data_dir, "mesquite", *names)
     design = torch.stack([torch.ones_like(group), *(size.log() for size in sizes), group], dim=-1)
     return Posterior(
         "mesquite", "mesquite bushes (8-d)", "nearly Gaussian",
-        partial(_regression_model, weight.log(), design, _flat(7), _flat_positive()),
+        partial(_regression_model, weight.log(), design, flat(7), flat_positive()),
         partial(_rename, {"beta": _names("beta", 7), "sigma": ("sigma",)}), ("beta[2]", "beta[4]"),
         reference=_read_draws(data_dir, "mesquite-logmesquite"),
     )  # fmt: skip
@@ -289,23 +288,23 @@ def _mesquite(data_dir: Path | None) -> Posterior:
 
 def _kilpisjarvi(data_dir: Path | None) -> Posterior:
     """The sites of Stan's alpha and beta are the two coordinates of "beta"."""
-    x, y, *prior = _read_data(data_dir, "kilpisjarvi_mod", "x", "y", "pmualpha", "pmubeta", "psalpha", "psbeta")
+    x, y, *prior = _read(data_dir, "kilpisjarvi_mod", "x", "y", "pmualpha", "pmubeta", "psalpha", "psbeta")
     design = torch.stack([torch.ones_like(x), x], dim=-1)
     beta = dist.Normal(torch.stack(prior[:2]), torch.stack(prior[2:])).to_event(1)
     return Posterior(
         "kilpisjarvi", "summers of Kilpisjärvi (3-d)", "nearly Gaussian",
-        partial(_regression_model, y, design, beta, _flat_positive()),
+        partial(_regression_model, y, design, beta, flat_positive()),
         partial(_rename, {"beta": ("alpha", "beta"), "sigma": ("sigma",)}), ("alpha", "beta"),
         reference=_read_draws(data_dir, "kilpisjarvi_mod-kilpisjarvi"),
     )  # fmt: skip
 
 
 def _earnings(data_dir: Path | None) -> Posterior:
-    earn, height, male = _read_data(data_dir, "earnings", "earn", "height", "male")
+    earn, height, male = _read(data_dir, "earnings", "earn", "height", "male")
     design = torch.stack([torch.ones_like(height), height, male, height * male], dim=-1)
     return Posterior(
         "earnings", "earnings with interaction (5-d)", "nearly Gaussian",
-        partial(_regression_model, earn.log(), design, _flat(4), _flat_positive()),
+        partial(_regression_model, earn.log(), design, flat(4), flat_positive()),
         partial(_rename, {"beta": _names("beta", 4), "sigma": ("sigma",)}), ("beta[1]", "beta[3]"),
         reference=_read_draws(data_dir, "earnings-logearn_interaction"),
     )  # fmt: skip
@@ -313,19 +312,19 @@ def _earnings(data_dir: Path | None) -> Posterior:
 
 def _nes(data_dir: Path | None) -> Posterior:
     names = ("partyid7", "real_ideo", "race_adj", "educ1", "gender", "income", "age_discrete")
-    party, ideology, race, education, gender, income, age = _read_data(data_dir, "nes2000", *names)
+    party, ideology, race, education, gender, income, age = _read(data_dir, "nes2000", *names)
     ages = [(age == group).to(age.dtype) for group in (2, 3, 4)]
     design = torch.stack([torch.ones_like(age), ideology, race, *ages, education, gender, income], dim=-1)
     return Posterior(
         "nes", "party identification (10-d)", "nearly Gaussian",
-        partial(_regression_model, party, design, _flat(9), _flat_positive()),
+        partial(_regression_model, party, design, flat(9), flat_positive()),
         partial(_rename, {"beta": _names("beta", 9), "sigma": ("sigma",)}), ("beta[1]", "beta[3]"),
         reference=_read_draws(data_dir, "nes2000-nes"),
     )  # fmt: skip
 
 
 def _sblri(data_dir: Path | None) -> Posterior:
-    y, design = _read_data(data_dir, "sblri", "y", "X")
+    y, design = _read(data_dir, "sblri", "y", "X")
     size = design.shape[-1]
     beta = dist.Normal(0.0, 10.0).expand([size]).to_event(1)
     return Posterior(
@@ -349,7 +348,7 @@ def _gp_model(x: Tensor, y: Tensor) -> None:
 
 
 def _gp(data_dir: Path | None) -> Posterior:
-    x, y = _read_data(data_dir, "gp_pois_regr", "x", "y")
+    x, y = _read(data_dir, "gp_pois_regr", "x", "y")
     names = ("rho", "alpha", "sigma")
     return Posterior(
         "gp", "Gaussian process (3-d)", "nearly Gaussian", partial(_gp_model, x, y),
@@ -367,8 +366,8 @@ def _hmm_model(observed: Tensor, prior: Tensor) -> None:
     """
     theta1 = pyro.sample("theta1", dist.Dirichlet(prior[0]))
     theta2 = pyro.sample("theta2", dist.Dirichlet(prior[1]))
-    phi = pyro.sample("phi_steps", _flat_positive(2)).cumsum(-1)
-    lambda_ = pyro.sample("lambda_steps", _flat_positive(2)).cumsum(-1)
+    phi = pyro.sample("phi_steps", flat_positive(2)).cumsum(-1)
+    lambda_ = pyro.sample("lambda_steps", flat_positive(2)).cumsum(-1)
     rates = torch.stack([phi, lambda_], dim=-1)  # (*, state, observation)
     pyro.factor("prior", dist.Normal(rates.new_tensor([[0.0], [3.0]]), 1.0).log_prob(rates).sum((-2, -1)))
     later = torch.stack([theta1, theta2], dim=-2).log().unsqueeze(-3)  # (*, 1, old, new)
@@ -385,7 +384,7 @@ def _hmm_quantities(samples: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _hmm(data_dir: Path | None) -> Posterior:
-    u, v, prior = _read_data(data_dir, "bball_drive_event_0", "u", "v", "alpha")
+    u, v, prior = _read(data_dir, "bball_drive_event_0", "u", "v", "alpha")
     return Posterior(
         "hmm", "hidden Markov model (6-d)", "nearly Gaussian",
         partial(_hmm_model, torch.stack([u, v], dim=-1), prior), _hmm_quantities, ("theta1[1]", "theta2[2]"),
@@ -433,7 +432,7 @@ def _lotka_volterra_model(y: Tensor) -> None:
 
 
 def _lynx_hare(data_dir: Path | None) -> Posterior:
-    y_init, y = _read_data(data_dir, "hudson_lynx_hare", "y_init", "y")
+    y_init, y = _read(data_dir, "hudson_lynx_hare", "y_init", "y")
     names = {"theta": _names("theta", 4), "z_init": _names("z_init", 2), "sigma": _names("sigma", 2)}
     return Posterior(
         "lynx_hare", "lynxes and hares, an ODE (8-d)", "nearly Gaussian",
@@ -442,35 +441,87 @@ def _lynx_hare(data_dir: Path | None) -> Posterior:
     )  # fmt: skip
 
 
-def _check(data_dir: Path | None, file: str) -> Path:
-    source = (
-        "it comes from posteriordb (https://github.com/stan-dev/posteriordb, folder posterior_database); name the "
-        f"folder that has posteriordb/{file} with --data-dir"
-    )
-    if data_dir is None:
-        raise DataError(f"{file} is needed: {source}")
-    path = data_dir / "posteriordb" / file
-    if not path.is_file():
-        raise DataError(f"{path} is missing: {source}")
-    return path
+def _diamonds_model(y: Tensor, design: Tensor) -> None:
+    b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([design.shape[-1]]).to_event(1))
+    intercept = pyro.sample("Intercept", dist.StudentT(3.0, 8.0, 10.0))
+    # The density of Student's t on the positive half, twice as high.
+    sigma = pyro.sample("sigma", flat_positive())
+    pyro.factor("prior", dist.StudentT(3.0, 0.0, 10.0).log_prob(sigma) + math.log(2))
+    mean = intercept.unsqueeze(-1) + b @ design.T
+    pyro.sample("y", dist.Normal(mean, sigma.unsqueeze(-1)).to_event(1), obs=y)
 
 
-def _read_data(data_dir: Path | None, name: str, *keys: str) -> list[Tensor]:
-    path = _check(data_dir, f"{name}.json")
-    try:
-        content = json.loads(path.read_text())
-        return [torch.tensor(content[key], dtype=torch.get_default_dtype()) for key in keys]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is not a data set of posteriordb with {', '.join(keys)}: {error!r}") from error
+def _diamonds(data_dir: Path | None) -> Posterior:
+    y, design = _read(data_dir, "diamonds", "Y", "X")
+    design = design[:, 1:] - design[:, 1:].mean(0)
+    size = design.shape[-1]
+    names = {"b": _names("b", size), "Intercept": ("Intercept",), "sigma": ("sigma",)}
+    return Posterior(
+        "diamonds", f"prices of diamonds ({size + 2}-d)", "nearly Gaussian", partial(_diamonds_model, y, design),
+        partial(_rename, names), ("b[1]", "b[2]"), reference=_read_draws(data_dir, "diamonds-diamonds"),
+    )  # fmt: skip
+
+
+def _concentration(
+    absorption: Tensor, michaelis: Tensor, elimination: Tensor, dose: float, times: Tensor, substeps: int
+) -> Tensor:
+    r"""
+    Solves :math:`dC/dt = D k_a e^{-k_a t} - v_m C / (K_m + C), \; C(0) = 0` by the classical Runge-Kutta method.
+
+    For a small :math:`K_m` the elimination sets in at once. Steps are therefore uniform in the cubic root of t.
+
+    :param Tensor absorption: :math:`k_a` with shape ``(*)``, as are ``michaelis`` and ``elimination``, which is the
+        largest rate over the volume.
+    :param float dose: D, over the volume.
+    :returns: C at the times with shape ``(*, len(times))``.
+    """
+
+    def slope(s: float, concentration: Tensor) -> Tensor:
+        left = concentration.clamp(min=0)
+        intake = dose * absorption * torch.exp(-absorption * s**3)
+        return 3 * s**2 * (intake - elimination * left / (michaelis + left))
+
+    concentration, begin = torch.zeros_like(absorption), 0.0
+    found = []
+    for end in times.double().pow(1 / 3).tolist():
+        step = (end - begin) / substeps
+        for i in range(substeps):
+            s = begin + i * step
+            k1 = slope(s, concentration)
+            k2 = slope(s + step / 2, concentration + step / 2 * k1)
+            k3 = slope(s + step / 2, concentration + step / 2 * k2)
+            k4 = slope(s + step, concentration + step * k3)
+            concentration = concentration + step / 6 * (k1 + 2 * (k2 + k3) + k4)
+        found.append(concentration)
+        begin = end
+    return torch.stack(found, dim=-1)
+
+
+def _one_compartment_model(y: Tensor, times: Tensor, dose: float, volume: float) -> None:
+    """Oral absorption and Michaelis-Menten elimination."""
+    k_a, k_m, v_m, sigma = (pyro.sample(name, dist.HalfCauchy(1.0)) for name in ("k_a", "K_m", "V_m", "sigma"))
+    concentration = _concentration(k_a, k_m, v_m / volume, dose / volume, times, SUBSTEPS)
+    mean = concentration.clamp(min=1e-10).log()  # far from the posterior everything is eliminated
+    pyro.sample("y", dist.LogNormal(mean, sigma.unsqueeze(-1)).to_event(1), obs=y)
+
+
+def _one_compartment(data_dir: Path | None) -> Posterior:
+    y, times, dose, volume = _read(data_dir, "one_comp_mm_elim_abs", "C_hat", "times", "D", "V")
+    names = ("k_a", "K_m", "V_m", "sigma")
+    return Posterior(
+        "one_comp", "pharmacokinetics, an ODE (4-d)", "curved",
+        partial(_one_compartment_model, y, times, float(dose), float(volume)),
+        partial(_rename, {name: (name,) for name in names}), ("K_m", "V_m"), log_scale=("K_m", "V_m"),
+        reference=_read_draws(data_dir, "one_comp_mm_elim_abs-one_comp_mm_elim_abs"),
+    )  # fmt: skip
+
+
+def _read(data_dir: Path | None, name: str, *keys: str) -> list[Tensor]:
+    return SOURCE.read(data_dir, f"{name}.json", *keys)
 
 
 def _read_draws(data_dir: Path | None, model: str) -> dict[str, Tensor]:
-    path = _check(data_dir, f"{model}.reference_draws.npz")
-    try:
-        with open(path, "rb") as file, np.load(file) as arrays:
-            return {name: torch.from_numpy(arrays[name]).to(torch.get_default_dtype()) for name in arrays}
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a file of draws, one array per quantity: {error!r}") from error
+    return SOURCE.read_arrays(data_dir, f"{model}.reference_draws.npz")
 
 
 _LOADERS: dict[str, Callable[[Path | None], Posterior]] = {
@@ -490,6 +541,8 @@ _LOADERS: dict[str, Callable[[Path | None], Posterior]] = {
     "gp": _gp,
     "hmm": _hmm,
     "lynx_hare": _lynx_hare,
+    "diamonds": _diamonds,
+    "one_comp": _one_compartment,
 }
 
 #: The names that :func:`load` knows: those of the experiment's own table, and more.

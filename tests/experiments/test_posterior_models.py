@@ -28,7 +28,7 @@ from pyro_hollow.experiments.posterior_models import MORE_POSTERIORS, POSTERIORS
 SYNTHETIC = ("funnel", "banana", "ring", "bent")
 POSTERIORDB = ("eight_schools", "ark", "garch", "kidscore", *MORE_POSTERIORS)
 ALL = (*POSTERIORS, *MORE_POSTERIORS)
-DIMENSIONS = dict(zip(ALL, (10, 2, 2, 50, 10, 7, 4, 5, 8, 3, 5, 10, 6, 3, 6, 8), strict=True))
+DIMENSIONS = dict(zip(ALL, (10, 2, 2, 50, 10, 7, 4, 5, 8, 3, 5, 10, 6, 3, 6, 8, 26, 4), strict=True))
 QUANTITIES = {
     "eight_schools-eight_schools_noncentered": ["mu", "tau", *(f"theta[{i}]" for i in range(1, 9))],
     "arK-arK": ["alpha", *(f"beta[{i}]" for i in range(1, 6)), "sigma"],
@@ -47,6 +47,8 @@ QUANTITIES = {
         *(f"theta[{i}]" for i in range(1, 5)),
         *(f"{name}[{i}]" for name in ("z_init", "sigma") for i in (1, 2)),
     ],
+    "diamonds-diamonds": [*(f"b[{i}]" for i in range(1, 25)), "Intercept", "sigma"],
+    "one_comp_mm_elim_abs-one_comp_mm_elim_abs": ["k_a", "K_m", "V_m", "sigma"],
 }
 
 
@@ -71,6 +73,8 @@ def more_data(rng):
         "gp_pois_regr": {"x": list(range(-6, 6)), "y": positive(12)},
         "bball_drive_event_0": {"u": positive(13), "v": positive(13), "alpha": [[4, 2], [2, 4]]},
         "hudson_lynx_hare": {"y_init": positive(2), "y": positive(12, 2)},
+        "diamonds": {"X": positive(12, 25), "Y": positive(12)},
+        "one_comp_mm_elim_abs": {"D": 30, "V": 2, "times": np.linspace(0.5, 6, 12).tolist(), "C_hat": positive(12)},
     }
 
 
@@ -301,6 +305,35 @@ def plain_lynx_hare(u, folder):
     return total
 
 
+def student_t(x, mean, scale):
+    """With three degrees of freedom."""
+    return math.log(2 / (math.pi * math.sqrt(3) * scale)) - 2 * math.log1p(((x - mean) / scale) ** 2 / 3)
+
+
+def plain_diamonds(u, folder):
+    data, sigma = content(folder, "diamonds"), math.exp(u["sigma"])
+    x = np.array(data["X"])[:, 1:]
+    mean = u["Intercept"] + (x - x.mean(0)) @ np.array(u["b"])
+    total = sum(normal(b, 0, 1) for b in u["b"]) + student_t(u["Intercept"], 8, 10)
+    total += math.log(2) + student_t(sigma, 0, 10) + u["sigma"]
+    return total + sum(normal(y, m, sigma) for y, m in zip(data["Y"], mean, strict=True))
+
+
+def plain_one_comp(u, folder):
+    """The concentration by an adaptive solver, in time itself."""
+    data = content(folder, "one_comp_mm_elim_abs")
+    k_a, k_m, v_m, sigma = map(math.exp, u.values())
+
+    def slope(t, c):
+        return k_a * data["D"] / data["V"] * math.exp(-k_a * t) - v_m / data["V"] * c / (k_m + c)
+
+    solved = solve_ivp(slope, (0, 6), [0.0], "DOP853", data["times"], rtol=1e-12, atol=1e-13).y[0]
+    total = sum(half_cauchy(x, 1) for x in (k_a, k_m, v_m, sigma)) + sum(u.values())
+    return total + sum(
+        normal(math.log(y), math.log(c), sigma) - math.log(y) for y, c in zip(data["C_hat"], solved, strict=True)
+    )
+
+
 PLAIN = {name: globals()[f"plain_{name}"] for name in ALL}
 
 
@@ -312,6 +345,15 @@ def test_runge_kutta_of_the_lotka_volterra_equations():
     exact = solve(64)
     errors = [float((solve(substeps) - exact).abs().max()) for substeps in (4, 8, 16)]
     assert errors[0] < 1e-3 and all(12 < a / b < 24 for a, b in zip(errors, errors[1:], strict=False))
+
+
+def test_runge_kutta_of_the_concentration():
+    """Steps of the model's size are close enough, at an ordinary K_m and at one of the smallest; more are closer."""
+    k_a, k_m, v_m = torch.tensor([[0.76, 0.76], [1.0, 2e-3], [0.45, 0.3]])
+    solve = partial(posterior_models._concentration, k_a, k_m, v_m, 15.0, torch.arange(1, 21) / 2)
+    exact = solve(200).log()
+    errors = [float((solve(substeps).log() - exact).abs().max()) for substeps in (2, 4, 8)]
+    assert errors[0] < 1e-3 and errors[1] < errors[0] / 5 and errors[2] < errors[1] / 5
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -393,7 +435,7 @@ def test_description(name, folder):
     assert posterior.name == name
     assert f"({DIMENSIONS[name]}-d)" in posterior.title
     assert DIMENSIONS[name] == sum(shape.numel() for _, shape in supports(posterior.model).values())
-    assert posterior.shape == ("curved" if name in (*SYNTHETIC, "eight_schools") else "nearly Gaussian")
+    assert posterior.shape == ("curved" if name in (*SYNTHETIC, "eight_schools", "one_comp") else "nearly Gaussian")
     assert posterior.log_evidence == (0 if name in SYNTHETIC else None)
     assert set(posterior.log_scale) <= set(posterior.pair) <= posterior.reference.keys()
 
