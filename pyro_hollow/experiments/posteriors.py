@@ -185,10 +185,21 @@ def judge(posterior: Posterior, guide: AutoGuide, num_samples: int, result: Resu
     samples = {name: torch.as_tensor(values.values[0]) for name, values in found.posterior["guide"].items()}
     draws = {name: values.double() for name, values in posterior.quantities(samples).items()}
     if posterior.reference is not None:
-        pairs = [(draws[name], values.double()) for name, values in posterior.reference.items()]
-        result.mean_error = max(float((q.mean() - p.mean()).abs() / p.std()) for q, p in pairs)
-        result.scale_error = max(float((q.std() / p.std() - 1).abs()) for q, p in pairs)
+        result.mean_error, result.scale_error = errors(posterior, draws)
     return {name: values[:5000].numpy() for name, values in draws.items()}
+
+
+def errors(posterior: Posterior, draws: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """
+    Compares draws of the quantities with the reference.
+
+    :returns: the largest error of a mean, in standard deviations of the reference, and the largest relative error of a
+        standard deviation.
+    """
+    assert posterior.reference is not None
+    pairs = [(draws[name].double(), values.double()) for name, values in posterior.reference.items()]
+    mean_error = max(float((q.mean() - p.mean()).abs() / p.std()) for q, p in pairs)
+    return mean_error, max(float((q.std() / p.std() - 1).abs()) for q, p in pairs)
 
 
 def _file(folder: Path, config: Config) -> Path:
