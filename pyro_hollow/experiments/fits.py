@@ -88,6 +88,7 @@ def run(
     :param bool force: run anew what is kept there.
     :param float offset: what to add to evidences and their bounds.
     :param examine: returns further findings of a fit.
+    :raises KeyboardInterrupt: if ``Ctrl-C`` ended the fit; it is not kept.
     """
     path = folder / config.posterior / f"{config.guide}-{config.time_limit:g}-{config.seed}.json"
     found = kept(path, Result, force)
@@ -97,6 +98,8 @@ def run(
     try:
         guide, limit = GUIDES[config.guide](model), config.time_limit
         fitted = infer.fit(model, guide=guide, seed=config.seed, time_limit=limit, progress=False)
+        if _interrupted(fitted):
+            raise KeyboardInterrupt
         result.processor, result.seconds = time.process_time() - begin, fitted.seconds
         _note(fitted, offset, result)
         torch.manual_seed(config.seed)
@@ -104,6 +107,14 @@ def run(
     except FAILURES as error:
         result.failure = (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
     return keep(path, result)
+
+
+def _interrupted(fitted: infer.Fit) -> bool:
+    """True for a fit that ``Ctrl-C`` ended before it was done."""
+    training, gaussian = fitted.training, fitted.gaussian
+    if training is not None and training.stopped == "interrupted":
+        return True
+    return (gaussian is not None and gaussian.interrupted) or any("Ctrl-C" in reason for reason in fitted.reasons)
 
 
 def _note(fitted: infer.Fit, offset: float, result: Result) -> None:

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Fourteen posteriors of posteriordb: :func:`pyro_hollow.fit` beside the reference draws.
+Fourteen posteriors of posteriordb: pyro_hollow.fit beside the reference draws.
 
-Every posterior is fitted with the defaults of ``fit``. Its draws, corrected by importance weights, are compared with
-10,000 reference draws: the largest error of a mean, in standard deviations of the reference, and the largest relative
-error of a standard deviation. By chance alone 4,000 independent draws are off by 0.03 and by 0.02 or more.
+Every posterior is fitted with the defaults of :func:`pyro_hollow.fit`. Its draws, corrected by importance weights, are
+compared with 10,000 reference draws: the largest error of a mean, in standard deviations of the reference, and the
+largest relative error of a standard deviation. By chance alone 4,000 independent draws are off by 0.03 and by 0.02 or
+more.
 
     python -m pyro_hollow.experiments.posteriordb --data-dir FOLDER
 

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Targets of the diffusion samplers: :func:`pyro_hollow.fit` beside published evidence lower bounds (ELBOs).
+Targets of the diffusion samplers: pyro_hollow.fit beside published evidence lower bounds (ELBOs).
 
-Every target is fitted with the defaults of ``fit``. Its log evidence comes two ways: by the importance weights of the
-guide, and by annealed importance sampling from the guide's base to the posterior, with Hamiltonian moves in the
-coordinates of the base. No ELBO can lie above the log evidence; a published one that does, by its noise or its
+Every target is fitted with the defaults of :func:`pyro_hollow.fit`. Its log evidence comes two ways: by the importance
+weights of the guide, and by annealed importance sampling from the guide's base to the posterior, with Hamiltonian moves
+in the coordinates of the base. No ELBO can lie above the log evidence; a published one that does, by its noise or its
 estimator, is marked.
 
     python -m pyro_hollow.experiments.samplers --data-dir FOLDER

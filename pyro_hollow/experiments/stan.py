@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Everyday Stan models with 2 to 1,006 latents: :func:`pyro_hollow.fit` beside published variational fits.
+Everyday Stan models with 2 to 1,006 latents: pyro_hollow.fit beside published variational fits.
 
-Every model is fitted with the defaults of ``fit``, in double precision, as Stan computes. The published evidence lower
-bounds (ELBOs) are medians over three seeds, each the best of five step sizes after 30,000 steps of 100 evaluations [1].
+Every model is fitted with the defaults of :func:`pyro_hollow.fit`, in double precision, as Stan computes. The published
+evidence lower bounds (ELBOs) are medians over three seeds, each the best of five step sizes after 30,000 steps of 100
+evaluations [1].
 
     python -m pyro_hollow.experiments.stan --data-dir FOLDER
 

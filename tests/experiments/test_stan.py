@@ -378,6 +378,14 @@ def test_failures_are_kept(tmp_path):
     assert fits.failures([found]) == ["none, fit, seed 0: ValueError: no density"]
 
 
+def test_interrupted_fits_are_not_kept(tmp_path, monkeypatch):
+    fitted = fits.infer.Fit(None, reasons=["Ctrl-C ended the fit before it was done"])
+    monkeypatch.setattr(fits.infer, "fit", lambda *args, **kwargs: fitted)
+    with pytest.raises(KeyboardInterrupt):
+        fits.run(None, fits.Config("none", "fit", 0, 1.0), tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_middle():
     assert fits.middle([3.0, 1.0, 2.0], 1) == "2.0 (1.0 to 3.0)"
     assert fits.middle([1.0, math.nan], 2) == "1.00" and fits.middle([], 1) == "-"
