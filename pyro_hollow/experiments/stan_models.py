@@ -364,7 +364,8 @@ def _log_choose(n: Tensor, r: Tensor) -> Tensor:
 
 def _endo_model(exposed: Tensor) -> None:
     """
-    Matched case-control pairs.
+    Matched case-control pairs. The log evidence has a closed form, as priors this wide are flat: of 43 pairs whose case
+    alone is exposed, 7 whose control alone is, and 133 others it is log B(43, 7) - 133 log 2 = -112.40 on Stan's scale.
 
     :param Tensor exposed: 0 or 1, with shape ``(2, pairs)``: cases, then controls.
     """
