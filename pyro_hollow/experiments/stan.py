@@ -74,8 +74,10 @@ def format_table(runs: dict[str, fits.Runs]) -> str:
 
 
 def verdict(runs: dict[str, fits.Runs]) -> str:
-    """Tells how often the median ELBO of ``fit`` is at or above the published ones, within their rounding."""
+    """Tells how often the median ELBO of ``fit`` is at or above the published ones within rounding; "" without runs."""
     medians = {name: _median(guides["fit"]) for name, guides in runs.items() if "fit" in guides}
+    if not medians:
+        return ""
     lines = []
     for label, column in (("ADVI", 1), ("NF, STL", 4)):
         pairs = {n: (m, PUBLISHED[n][column]) for n, m in medians.items() if not math.isnan(PUBLISHED[n][column])}

@@ -334,6 +334,7 @@ def test_verdict_counts_failures_as_the_worst():
         "At or above NF, STL: 0 of 2 models; below on dogs, irt.",
     ]
     assert stan.verdict({"dogs": {"fit": good[:1]}}).endswith("NF, STL: 1 of 1 models.")
+    assert stan.verdict({"dogs": {"iaf": good}}) == ""
 
 
 def test_table_has_failures_in_it():
