@@ -406,13 +406,13 @@ class LogDensity:
         if mixed:
             reason = "the density of a particle depends on those next to it, by control flow or a reduction over all"
             self.separate(reason)
+            way = "with particles by vmap" if self.particles == "vmap" else "one particle at a time"
         else:
             k = int((values - alone).abs().nan_to_num(math.inf).argmax())
             reason = f"after {self._calls} calls its graph gave {values[k]:.6g} for a density of {alone[k]:.6g}"
             self._runners = {size: self._differentiate for size in self._runners}
             self._fall_back(reason)
-        way = "with particles by vmap" if self.particles == "vmap" else "by Pyro's handlers"
-        way = "one particle at a time" if self.particles == "one by one" else way
+            way = "by Pyro's handlers"
         warnings.warn(f"LogDensity goes on {way}: {reason}", stacklevel=3)
         return False
 
