@@ -26,6 +26,7 @@ from pyro_hollow.infer.modes import LogJoint, MissedModes, find_missed_modes
 from pyro_hollow.infer.particles import check_independence, check_observed, explained
 from pyro_hollow.infer.plates import plates, subsampled
 from pyro_hollow.infer.predictions import PARTICLES, Predictions
+from pyro_hollow.ops.memory import allocated_bytes, part_size
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -191,7 +192,8 @@ def diagnose(
     :param args: positional arguments of both.
     :param int num_samples: how many samples to draw from the guide, at least 25; below 2200 the k-hat is less certain.
     :param int num_draws: how many corrected draws to make. Defaults to num_samples.
-    :param int batch_size: how many samples to draw or predict at once, where memory is short. Defaults to all.
+    :param int batch_size: how many samples to draw or predict at once. Defaults to as many as take 1 GB
+        (:data:`~pyro_hollow.ops.memory.MAX_BYTES`), by what the operations of two of them take.
     :param int max_plate_nesting: the largest number of nested plates. Defaults to that of a first run.
     :param bool vectorize: False for one sample at a time, if the model or guide does not allow a further plate. Each
         of the next two groups then takes about as long again.
@@ -219,17 +221,17 @@ def diagnose(
     """
     import_arviz()  # before long work
     num_draws = num_samples if num_draws is None else num_draws
-    batch_size = num_samples if batch_size is None else batch_size
     settings = {"num_samples": num_samples, "num_draws": num_draws, "batch_size": batch_size, "restarts": restarts}
     for name, value in settings.items():
         least = {"num_samples": _MIN_SAMPLES, "restarts": 0}.get(name, 1)
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, but got {value}")
     with torch.no_grad():
         pair = Pair(model, guide, args, kwargs, max_plate_nesting)
-        log_weights, samples = pair.sample(num_samples, batch_size if vectorize else None)
+        batch_size = pair.batch_size(batch_size) if vectorize else None
+        log_weights, samples = pair.sample(num_samples, batch_size)
     groups = {"log_likelihood": log_likelihood, "posterior_predictive": posterior_predictive}
-    return describe(pair, log_weights, samples, num_draws, batch_size if vectorize else None, restarts, **groups)
+    return describe(pair, log_weights, samples, num_draws, batch_size, restarts, **groups)
 
 
 def describe(
@@ -312,12 +314,21 @@ class Pair:
         check_names(self.predictions.observed)
         self.points = [name for name in names if isinstance(guide_trace.nodes[name]["fn"], dist.Delta)]
 
+    def batch_size(self, wanted: int | None) -> int:
+        """How many samples to draw at once: as many as are wanted, or else as many as memory suffices for."""
+        self._check_two()
+        if wanted is not None:
+            return wanted
+        state = get_rng_state()
+        num_bytes = allocated_bytes(lambda: self._sample_batch(2))
+        set_rng_state(state)
+        return part_size(num_bytes / 2)
+
     def sample(self, num_samples: int, batch_size: int | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Log weights with shape (num_samples,), and the latents with shapes (num_samples,) + their own."""
         if batch_size is None:
             batches = [self._sample_batch(None) for _ in range(num_samples)]
         else:
-            self._check_two()
             starts = range(0, num_samples, batch_size)
             batches = [self._sample_batch(min(batch_size, num_samples - start)) for start in starts]
         joints, guides, latents = zip(*batches, strict=True)

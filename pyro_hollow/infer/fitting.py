@@ -53,7 +53,6 @@ _UNIFORM_STARTS = 8
 _MAX_RATE = 8.0  # e^8 is the most by which the flow changes a scale: the necks of hierarchical models are narrow
 _MAX_STEPS = 4000
 _NUM_SAMPLES = 4000  # that are weighed
-_BATCH_SIZE = 1000  # of those, at once
 # Weights with a smaller k-hat are light. Without a flow they must be worth a large share of the samples, too.
 _LIGHT, _GAUSSIAN_SHARE = 0.5, 0.95
 # Training goes on while they are worth a smaller share: how often, how many steps, with how many times the particles.
@@ -557,7 +556,7 @@ class _Run:
                 return None
             if density is None or density.particles == "plate":
                 try:
-                    return diagnose(self.model, self.guide, *self.args, batch_size=_BATCH_SIZE, **self.kwargs)
+                    return diagnose(self.model, self.guide, *self.args, **self.kwargs)
                 except (ArithmeticError, RuntimeError, ValueError) as error:
                     if density is None:
                         raise

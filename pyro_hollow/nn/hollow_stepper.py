@@ -118,7 +118,7 @@ class HollowStepper(DifferentiatedStepper):
                 hidden, units = self._conditioner.evaluate(time, x)
                 terms = self._transformer.evaluate(time, block, hidden, f, divergence)
                 self._count = len(terms)
-                saved.append((*terms, *units))
+                saved.append((*terms, *units) if keep else ())
         end, kept, before = states[stages], tuple(chain.from_iterable(saved[:stages])), (slopes[0], saved[0])
         if tolerances is None:
             return Step(end, kept, before, None, 0.0)

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from pyro_hollow.ode import Solver, SolverStats
 from pyro_hollow.ode.monitor import ADVICE, blame_parameters
 from pyro_hollow.ops.arguments import closest_keywords
-from pyro_hollow.ops.stepper import is_batched
+from pyro_hollow.ops.memory import allocated_bytes, part_size
+from pyro_hollow.ops.stepper import is_batched, is_functional
 from pyro_hollow.ops.vector_field import VectorField
 
 from .cache import CachedTransform, breaks_graph, module_tensors
 
 __all__ = ["ConditionalCNF", "ConditionedCNF"]
+
+# Elements of the state from which on it is found out what memory a sample takes.
+_MANY_ELEMENTS = 100_000
 
 
 class _Record:
@@ -56,6 +60,9 @@ class ConditionedCNF(_HasSolver, CachedTransform):
 
     One solve gives both value and log-determinant; everything public is a view of it. A subclass says, in
     :meth:`_bind`, what the vector field is.
+
+    Without gradients, large batches are solved in parts that take at most 1 GB
+    (:data:`~pyro_hollow.ops.memory.MAX_BYTES`), each with steps of its own, unless the context has a batch.
 
     With ``cache_size=1`` the latest pair is kept together with its log-determinant, so that sampling and scoring the
     sample costs one solve. The pair is dropped as soon as it would be wrong or useless: when a parameter, the context,
@@ -190,6 +197,27 @@ class ConditionedCNF(_HasSolver, CachedTransform):
             # There no derivative can be taken, not even the one that a divergence by automatic differentiation needs.
             with torch.inference_mode(False), torch.no_grad():
                 return self._integrate(state.clone(), t0, t1, None if score is None else score.clone())
+        batch, given = state.shape[:-1], [state] if score is None else [state, score]
+        size = self._part_size(state, t0)
+        if size >= batch.numel():
+            return self._solve(t0, t1, *given)
+        parts = zip(*(tensor.flatten(0, -2).split(size) for tensor in given), strict=True)
+        results = zip(*(self._solve(t0, t1, *part) for part in parts), strict=True)
+        return tuple([torch.cat(each).unflatten(0, batch) for each in results])
+
+    def _part_size(self, state: Tensor, t0: float) -> int:
+        """The number of samples that are solved at a time."""
+        d, count = state.shape[-1], state.shape[:-1].numel()
+        whole = torch.is_grad_enabled() or is_functional() or torch.jit.is_tracing()
+        if whole or d * count < _MANY_ELEMENTS or (self.context is not None and self.context.dim() > 1):
+            return count
+        field, few = self._bind(), state.flatten(0, -2)[:2]
+        # What an evaluation leaves is freed in the next one. A step of the default method has 8 states and slopes.
+        evaluation = allocated_bytes(lambda: field.with_divergence(state.new_tensor(t0), few))
+        return part_size(2 * evaluation / len(few) + 16 * few[0].nbytes)
+
+    def _solve(self, t0: float, t1: float, state: Tensor, score: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The same for a batch that memory suffices for."""
         field = self._bind_with_integrals(state) if score is None else self._bind()
         field.network = self.nn
         solution = self.solver.integrate_with_divergence(field, state, t0, t1, score)

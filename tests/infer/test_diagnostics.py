@@ -106,6 +106,27 @@ def hierarchy_guide(x):
 # Closed forms
 
 
+@pytest.mark.parametrize("batch_size", [None, 50])
+def test_samples_are_drawn_and_predicted_in_parts_that_fit(monkeypatch, batch_size):
+    sizes = []
+
+    def guide(x):
+        z = pyro.sample("z", dist.Normal(torch.tensor(MEAN).to(x), SD))
+        sizes.append(z.numel())
+
+    def deterministic(x):
+        location(x)
+        pyro.deterministic("one", torch.ones(()))
+
+    monkeypatch.setattr("pyro_hollow.ops.memory.MAX_BYTES", 20_000)
+    result = diagnose(deterministic, guide, X, num_samples=200, batch_size=batch_size)
+    assert result.log_weights.shape == (200,) and draws(result).shape == (200,)
+    assert_close(result.log_weights, torch.full((200,), EVIDENCE))
+    drawn = sizes[sizes.index(2) :]
+    assert sum(size for size in drawn if size > 2) == 200
+    assert max(drawn) == 50 if batch_size else 2 < max(drawn) < 100
+
+
 @every_way
 def test_exact_guide(way):
     result = diagnose(location, normal_guide(), X, num_samples=200, **way)

@@ -689,3 +689,43 @@ def test_wrong_widths_are_refused_with_what_to_write(make, widths, error, messag
 def test_a_nonlinearity_must_be_a_module():
     with pytest.raises(TypeError, match=r"nonlinearity must be a module, for example nn.Tanh\(\), but got 'tanh'"):
         free_form_cnf(2, nonlinearity="tanh")
+
+
+# Memory
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["plain", "context"])
+def test_large_batches_are_solved_in_parts(monkeypatch, context):
+    torch.manual_seed(0)
+    flow = hollow_cnf(3, solver="rk4")  # a fixed step, so that parts make no difference
+    if context:
+        flow = conditional_hollow_cnf(3, 2, solver="rk4").condition(torch.tensor([0.5, -1.0]))
+    flow, x, score = flow.with_cache(0), torch.randn(4, 5, 3), torch.randn(4, 5, 3)
+    calls = [lambda: flow.call_and_ladj(x), lambda: flow.inv.call_and_ladj(x), lambda: flow.call_and_score(x, score)]
+    with torch.no_grad():
+        whole = [call() for call in calls]
+    sizes, solve = [], ConditionedHollowCNF._solve
+
+    def record(self, t0, t1, state, *score):
+        sizes.append(state.shape)
+        return solve(self, t0, t1, state, *score)
+
+    monkeypatch.setattr(ConditionedHollowCNF, "_solve", record)
+    monkeypatch.setattr("pyro_hollow.transforms.continuous._MANY_ELEMENTS", 0)
+    monkeypatch.setattr("pyro_hollow.transforms.continuous.part_size", lambda num_bytes: 7)
+    with torch.no_grad():
+        for call, expected in zip(calls, whole, strict=True):
+            assert_close(call(), expected)
+    assert sizes == 3 * [(7, 3), (7, 3), (6, 3)]
+    flow(x)  # with gradients
+    assert sizes[-1] == x.shape
+
+
+def test_a_part_takes_no_more_memory_than_allowed(monkeypatch):
+    monkeypatch.setattr("pyro_hollow.ops.memory.MAX_BYTES", 2**20)
+    flow, x = hollow_cnf(10), torch.randn(20_000, 10)
+    with torch.no_grad():
+        size = flow._part_size(x, 0.0)
+        assert 1 < size < 1000
+        field = flow._bind()
+        assert sum(tensor.nbytes for tensor in field.with_divergence(x.new_zeros(()), x[:size])) < 2**20
