@@ -91,7 +91,11 @@ class Affine(_Bijection):
 
     @staticmethod
     def _solve(matrix: Tensor, rows: Tensor, upper: bool) -> Tensor:
-        return torch.linalg.solve_triangular(matrix, rows.unsqueeze(-1), upper=upper, unitriangular=True).squeeze(-1)
+        # One system for all rows: one for each would copy the matrix as often.
+        flat = rows.reshape(-1, rows.shape[-1])
+        return torch.linalg.solve_triangular(matrix.mT, flat, upper=not upper, left=False, unitriangular=True).view_as(
+            rows
+        )
 
 
 class Tails(_Bijection):
