@@ -27,6 +27,7 @@ from pyro_hollow.infer.autoguide import AutoHollowCNF
 from pyro_hollow.infer.diagnostics import GuideDiagnostics, Pair, describe, diagnose
 from pyro_hollow.infer.elbo import DensityELBO, InclusiveKL, PathELBO, supports
 from pyro_hollow.infer.gaussian import GaussianFit, fit_gaussian
+from pyro_hollow.infer.graph import sparse_conditioner
 from pyro_hollow.infer.guide_posterior import spread_normal
 from pyro_hollow.infer.importance import smooth
 from pyro_hollow.infer.inference_data import import_arviz
@@ -35,6 +36,7 @@ from pyro_hollow.infer.model_density import is_marked
 from pyro_hollow.infer.particles import MixedParticles
 from pyro_hollow.infer.report import draw, page
 from pyro_hollow.infer.saving import check_latents, latents, parameters, restore_parameters, traced, write
+from pyro_hollow.nn import GraphConditioner
 from pyro_hollow.train import ELBO, Training, train
 from pyro_hollow.train.loop import FEWEST_LOSSES
 from pyro_hollow.train.schedule import mean
@@ -88,7 +90,9 @@ def fit(
     A Gaussian over all latents is fitted first, by natural gradients from the best of a few moderate points
     (:func:`~pyro_hollow.infer.gaussian.fit_gaussian`). From there an :class:`AutoHollowCNF` is trained by path
     gradients, until its ELBO no longer rises and the learning rate has fallen to zero, for at most 4,000 steps;
-    :meth:`Fit.resume` takes more. The flow is skipped if the Gaussian is so close that it would gain nothing. While few
+    :meth:`Fit.resume` takes more. With 64 latents or more the second derivatives of the density show which of them
+    it binds together; if these are few, the flow has a :class:`~pyro_hollow.nn.GraphConditioner` on that graph, and
+    else the default one. The flow is skipped if the Gaussian is so close that it would gain nothing. While few
     samples carry the weight, training goes on with more particles; if the k-hat is large, the tails are trained on
     weighted samples (:class:`~pyro_hollow.infer.elbo.InclusiveKL`). The model is evaluated as a :class:`LogDensity`.
     Steps that fail are taken back (:func:`~pyro_hollow.train.train`). In the end :func:`diagnose` computes the
@@ -485,10 +489,12 @@ class _Run:
 
     def _make_guide(self, reasons: list[str]) -> AutoHollowCNF:
         model = poutine.block(self.model, hide_fn=is_marked)
+        conditioner = None if self.log_density is None else sparse_conditioner(self.log_density)
+        settings = {} if conditioner is None else {"conditioner": conditioner}
         for native in (True, False) if self.compile else (False,):
             guide = AutoHollowCNF(
                 model, init_scale=_INITIAL_SCALE, warm_up=0, path_gradient=True, tails=True, compile=native,
-                max_rate=_MAX_RATE,
+                max_rate=_MAX_RATE, **settings,
             )  # fmt: skip
             # A name of its own, so that Pyro's store cannot give it the parameters of another fit.
             guide._pyro_set_supermodule(f"{guide._pyro_name}_{uuid.uuid4().hex[:8]}", guide._pyro_context)
@@ -626,6 +632,9 @@ class _Run:
             result.reasons.append(density.reason)
         for flow in getattr(self.guide, "flows", ())[:1] if isinstance(self.guide, AutoHollowCNF) else ():
             result.backend += f"; flow by the {flow.last_solve.backend} stepper"
+            if isinstance(flow.nn.conditioner, GraphConditioner):
+                edges, hubs = flow.nn.conditioner.edges.shape[1] // 2, len(flow.nn.conditioner.hubs)
+                result.backend += f", on a graph with {edges} edges and {hubs} hub(s)"
 
 
 def _first_line(error: Exception) -> str:

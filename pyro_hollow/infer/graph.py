@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,13 +19,21 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_hollow.nn import GraphConditioner
+from pyro_hollow.ops.memory import allocated_bytes, part_size
+
+from .log_density import LogDensity
 from .start import choose_start, log_density
 
-__all__ = ["adjacency_of_trace", "latent_adjacency"]
+__all__ = ["adjacency_of_trace", "latent_adjacency", "sparse_conditioner"]
 
 _POINTS = 3  # at which the joint density is differentiated
 _ROWS = 64  # of the second derivatives that are taken together
 _SPREAD = 0.1  # of the points that a start is chosen by, as in AutoHollowCNF
+# Fewer latents gain little from a conditioner on a graph, and those that see a larger share of the others nothing.
+_MANY, _SEEN_SHARE = 64, 0.5
+_PATIENCE = 30.0  # seconds that finding a graph may take
+_WIDTHS = [32, 32]
 
 
 def latent_adjacency(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -89,12 +99,37 @@ def adjacency_of_trace(
         ladj = sum(bijections[name].log_abs_det_jacobian(points[name], values[name]).sum() for name in points)
         return log_density(model, args, kwargs, values) + ladj
 
-    start = torch.cat([latent.reshape(-1) for latent in latents.values()])
+    return _adjacency(log_joint, torch.cat([latent.reshape(-1) for latent in latents.values()]))
+
+
+def sparse_conditioner(density: LogDensity) -> GraphConditioner | None:
+    """
+    Makes a conditioner on the graph of a model with many latents, if few others are seen by each of them.
+
+    :param LogDensity density: the density of the model.
+    :return: the conditioner. None for fewer than 64 latents, where one sees more than half of the others, where the
+        graph is unknown or takes half a minute to find, and for subsampled data, which have edges of their own.
+    """
+    if density.dim < _MANY or density.subsamples:
+        return None
+    try:
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            adjacency = _adjacency(density.model.of_one, density.start, _PATIENCE)
+    except ValueError:
+        return None
+    # The largest number seen is that of neighbours at least, and a hub costs as much as all others.
+    conditioner = GraphConditioner(density.dim, _WIDTHS, adjacency=adjacency, activation="silu")
+    num_seen = conditioner.index.shape[1] + len(conditioner.hubs)
+    return conditioner if num_seen <= _SEEN_SHARE * density.dim else None
+
+
+def _adjacency(log_joint: Callable[[Tensor], Tensor], start: Tensor, patience: float = math.inf) -> Tensor:
+    """The graph of a function around a point."""
     known = edge = torch.zeros(len(start), len(start), dtype=torch.bool, device=start.device)
     cause = None
     for _ in range(_POINTS):
         try:
-            hessian = _hessian(log_joint, start + torch.randn_like(start))
+            hessian = _hessian(log_joint, start + torch.randn_like(start), patience / _POINTS)
         except (ArithmeticError, RuntimeError, ValueError) as error:  # whatever a model raises far from its posterior
             cause = error
             continue
@@ -108,15 +143,25 @@ def adjacency_of_trace(
     return (edge | edge.mT).fill_diagonal_(False)
 
 
-def _hessian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """The matrix of second derivatives; NaN where the function or a first derivative is not finite."""
+def _hessian(function: Callable[[Tensor], Tensor], point: Tensor, patience: float) -> Tensor:
+    """
+    The matrix of second derivatives; NaN where the function or a first derivative is not finite.
+
+    :raises ValueError: if it is going to take more seconds than there is patience for.
+    """
     point = point.detach().requires_grad_()
     with torch.enable_grad():
         value = function(point)
         gradient = torch.zeros_like(point)
         if value.requires_grad:
             (gradient,) = torch.autograd.grad(value, point, create_graph=True, materialize_grads=True)
-        rows = [_rows(gradient, point, basis) for basis in torch.eye(len(point)).to(point).split(_ROWS)]
+        basis = torch.eye(len(point)).to(point)
+        size = min(_ROWS, part_size(allocated_bytes(lambda: _rows(gradient, point, basis[:1]))))
+        rows, begin = [], time.perf_counter()
+        for part in basis.split(size):
+            rows.append(_rows(gradient, point, part))
+            if (time.perf_counter() - begin) * len(basis) > patience * len(rows) * size:
+                raise ValueError("second derivatives of the density take too long")
     hessian = torch.cat(rows)
     hessian[~(value.isfinite() & gradient.isfinite())] = torch.nan
     return hessian

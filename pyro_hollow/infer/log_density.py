@@ -149,6 +149,11 @@ class LogDensity:
         return self._density.parameters
 
     @property
+    def model(self) -> ModelDensity:
+        """The model, of whose density this is a faster form."""
+        return self._density
+
+    @property
     def subsamples(self) -> dict[str, tuple[int, int]]:
         """The size of each subsampled plate and that of its subsamples, by name."""
         return self._density.subsamples

@@ -22,6 +22,7 @@ from pyro_hollow import AutoHollowCNF, Fit, fit
 from pyro_hollow.infer import fitting
 from pyro_hollow.infer.elbo import InclusiveKL, PathELBO
 from pyro_hollow.infer.log_density import LogDensity
+from pyro_hollow.nn import GraphConditioner
 from pyro_hollow.train import train
 
 DATA = torch.tensor([0.5, 1.5, 2.5])
@@ -60,6 +61,18 @@ def test_conjugate_posterior_and_evidence():
     assert result.num_steps == 60 == len(result.losses) and result.seconds > 0
     assert result.backend == "model as a graph, particles in a plate; flow by the hollow stepper"
     assert not result.reasons
+
+
+def test_many_latents_with_few_neighbours():
+    def walk():
+        h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([80]).to_event(1))
+        pyro.factor("steps", dist.Normal(h[..., :-1], 0.5).log_prob(h[..., 1:]).sum(-1))
+
+    result = fit(walk, **{**QUICK, "num_steps": 3})
+    assert result.backend.endswith("flow by the hollow stepper, on a graph with 79 edges and 0 hub(s)")
+    assert isinstance(result.guide.flows[0].nn.conditioner, GraphConditioner)
+    # The prior is Gaussian, and so is the chain of its steps.
+    assert result.ess > 1000
 
 
 def test_all_else_is_left_alone():

@@ -18,7 +18,8 @@ from pyro.optim import Adam
 from torch.distributions import constraints
 
 from pyro_hollow.experiments.defaults import bent
-from pyro_hollow.infer import AutoHollowCNF, latent_adjacency
+from pyro_hollow.infer import AutoHollowCNF, LogDensity, latent_adjacency
+from pyro_hollow.infer.graph import sparse_conditioner
 from pyro_hollow.nn import GraphConditioner
 from pyro_hollow.nn.activations import ACTIVATIONS
 
@@ -413,3 +414,55 @@ INVALID = {
 def test_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         small(bent_chain, **settings)
+
+
+# fit chooses
+
+
+def autoregression(d):
+    """A chain within one vector site, and a scale that all of it depends on."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5)).unsqueeze(-1)
+    h = flat_of(d)
+    pyro.factor("steps", dist.Normal(0.9 * h[..., :-1], scale).log_prob(h[..., 1:]).sum(-1))
+    pyro.sample("y", dist.Normal(0.0, (h / 2).exp()).to_event(1), obs=torch.linspace(-1.0, 1.0, d))
+
+
+def flat_of(d):
+    return pyro.sample("h", dist.Normal(0.0, 1.0).expand([d]).to_event(1).mask(False))
+
+
+def test_graph_within_a_vector_site_of_a_density():
+    conditioner = sparse_conditioner(LogDensity(autoregression, 80, compile=False))
+    edges = [(0, i) for i in range(1, 81)] + [(i, i + 1) for i in range(1, 80)]
+    assert torch.equal(conditioner.edges, graph(81, edges).nonzero().T)
+    assert conditioner.hubs.tolist() == [0]
+    assert conditioner.index.shape[1] == 13  # six on either side, and the hub
+
+
+def test_no_graph_for_few_latents_or_many_neighbours():
+    def dense(d):
+        x = flat(d)
+        pyro.factor("density", -x.sum(-1).exp() - 0.5 * x.square().sum(-1))
+
+    assert sparse_conditioner(LogDensity(autoregression, 40, compile=False)) is None
+    assert sparse_conditioner(LogDensity(dense, 70, compile=False)) is None
+
+
+def test_no_graph_where_second_derivatives_take_too_long(monkeypatch):
+    monkeypatch.setattr("pyro_hollow.infer.graph._PATIENCE", 1e-9)
+    assert sparse_conditioner(LogDensity(autoregression, 80, compile=False)) is None
+
+
+def test_no_graph_of_subsampled_data():
+    def model(y):
+        x = flat(70)
+        with pyro.plate("data", len(y), subsample_size=3):
+            pyro.sample("y", dist.Normal(x[..., :1], 1.0), obs=pyro.subsample(y, event_dim=0))
+
+    assert sparse_conditioner(LogDensity(model, Y, compile=False)) is None
+
+
+def test_second_derivatives_are_taken_in_parts_that_fit(monkeypatch):
+    whole = latent_adjacency(bent_chain)
+    monkeypatch.setattr("pyro_hollow.infer.graph.part_size", lambda num_bytes: 3)
+    assert torch.equal(latent_adjacency(bent_chain), whole)
