@@ -490,7 +490,9 @@ class _Run:
     def _make_guide(self, reasons: list[str]) -> AutoHollowCNF:
         model = poutine.block(self.model, hide_fn=is_marked)
         conditioner = None if self.log_density is None else sparse_conditioner(self.log_density)
-        settings = {} if conditioner is None else {"conditioner": conditioner}
+        settings: dict[str, Any] = {}
+        if conditioner is not None:
+            settings = {"conditioner": conditioner, "transformer_dim": conditioner.hidden_dim // 2}
         for native in (True, False) if self.compile else (False,):
             guide = AutoHollowCNF(
                 model, init_scale=_INITIAL_SCALE, warm_up=0, path_gradient=True, tails=True, compile=native,
