@@ -52,6 +52,7 @@ _PARTICLES = {"plate": "particles in a plate", "vmap": "particles by vmap", "one
 _RATE = 0.01
 _INITIAL_SCALE = 0.1
 _UNIFORM_STARTS = 8
+_GAUSSIAN_TIME = 0.5  # of a time limit, at most, as the flow gains more in what is left
 _MAX_RATE = 8.0  # e^8 is the most by which the flow changes a scale: the necks of hierarchical models are narrow
 _MAX_STEPS = 4000
 _NUM_SAMPLES = 4000  # that are weighed
@@ -546,10 +547,13 @@ class _Run:
                 f"{fault}); look at the priors and data there, or give a guide with an init_loc_fn"
             )
         start = GaussianFit(chosen, _INITIAL_SCALE * torch.eye(dim).to(like))
-        return fit_gaussian(density.value_and_gradient, start, report=lambda *_: self._time_is_over())
+        return fit_gaussian(density.value_and_gradient, start, report=lambda *_: self._time_is_over(_GAUSSIAN_TIME))
 
-    def _time_is_over(self) -> bool:
-        return self.deadline is not None and time.perf_counter() > self.deadline
+    def _time_is_over(self, share: float = 1.0) -> bool:
+        """Tells that a share of the time limit is over."""
+        if self.deadline is None:
+            return False
+        return time.perf_counter() - self.begin > share * (self.deadline - self.begin)
 
     def _judge(self, result: Fit, objective: Any) -> GuideDiagnostics | None:
         density = self.log_density

@@ -75,6 +75,14 @@ def test_many_latents_with_few_neighbours():
     assert result.ess > 1000
 
 
+def test_shares_of_a_time_limit():
+    run = fitting._Run(conjugate, (DATA,), {}, None, None, False)
+    assert not run._time_is_over() and not run._time_is_over(0.5)
+    run.begin -= 60
+    run.deadline = run.begin + 100
+    assert run._time_is_over(0.5) and not run._time_is_over()
+
+
 def test_all_else_is_left_alone():
     pyro.param("mine", torch.tensor(1.0))
     state = torch.get_rng_state()
