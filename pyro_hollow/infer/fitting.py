@@ -602,7 +602,7 @@ class _Run:
         log_weights = log_weights.to("cpu", torch.float64)
         samples = {name: values.cpu() for name, values in density.constrain(z).items()}
         plate = density.particles == "plate"
-        num_draws, batch_size = (_NUM_SAMPLES, _BATCH_SIZE) if plate else (_NUM_SAMPLES // 4, None)
+        num_draws, batch_size = (_NUM_SAMPLES, density.batch_size) if plate else (_NUM_SAMPLES // 4, None)
         return describe(
             pair, log_weights, samples, num_draws, batch_size, log_likelihood=True, posterior_predictive=True
         )
