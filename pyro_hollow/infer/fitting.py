@@ -61,7 +61,7 @@ _LIGHT, _GAUSSIAN_SHARE = 0.5, 0.95
 # Training goes on while they are worth a smaller share: how often, how many steps, with how many times the particles.
 _LOW_SHARE, _EXTENSIONS, _EXTENSION_STEPS, _MORE_PARTICLES = 0.1, 2, 300, 3
 # Weights that are not light are made lighter in so many steps, unless they are worth a smaller share.
-_TAIL_STEPS, _TAIL_RATE, _LEAST_SHARE = 180, 0.003, 0.02
+_TAIL_STEPS, _TAIL_RATE, _LEAST_SHARE = 180, 0.001, 0.02
 _COMPARED = 3 * _NUM_SAMPLES  # before and after, as a k-hat of fewer scatters by as much as it may fall
 _TRIALS = 10  # draws, one of which the model must allow
 _MIXED = "particles were mixed in training, so that the guide is none of this model; resume() trains one at a time"
