@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["GuideDiagnostics", "Pair", "describe", "diagnose"]
 
 _MIN_SAMPLES = 25  # the largest fifth of them are the tail, and ArviZ fits none of fewer than five
+_FALLBACK_BATCH = 1000  # samples at once where two of them have failed
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,8 +321,12 @@ class Pair:
         if wanted is not None:
             return wanted
         state = get_rng_state()
-        num_bytes = allocated_bytes(lambda: self._sample_batch(2))
-        set_rng_state(state)
+        try:
+            num_bytes = allocated_bytes(lambda: self._sample_batch(2))
+        except (ArithmeticError, RuntimeError, ValueError):  # all samples together tell how many fail
+            return _FALLBACK_BATCH
+        finally:
+            set_rng_state(state)
         return part_size(num_bytes / 2)
 
     def sample(self, num_samples: int, batch_size: int | None) -> tuple[Tensor, dict[str, Tensor]]:

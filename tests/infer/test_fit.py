@@ -683,7 +683,7 @@ def test_inclusive_divergence_widens_a_narrow_guide():
 
 
 @pytest.mark.parametrize(
-    "khats, event", [((0.9, 0.4), "trained the tails in 180 steps"), ((0.9, 1.1), "undid 180 steps")]
+    "khats, event", [((0.9, 0.4), "trained the tails in 20 steps"), ((0.9, 1.1), "undid 20 steps")]
 )
 def test_tails_are_trained_where_weights_are_heavy(khats, event, monkeypatch):
     found = iter([(2.0, 0.9), (0.6, 0.9), *((khat, 0.9) for khat in khats)])  # start, extension, before and after
@@ -693,6 +693,7 @@ def test_tails_are_trained_where_weights_are_heavy(khats, event, monkeypatch):
             self.khat, self.share = next(found)
 
     monkeypatch.setattr(fitting, "_Weights", Weights)
+    monkeypatch.setattr(fitting, "_TAIL_STEPS", 20)
     monkeypatch.setattr(fitting, "_MAX_STEPS", 30)
     trained = []
     objective_of = fitting.train
