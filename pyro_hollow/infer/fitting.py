@@ -52,6 +52,7 @@ _PARTICLES = {"plate": "particles in a plate", "vmap": "particles by vmap", "one
 _RATE = 0.01
 _INITIAL_SCALE = 0.1
 _UNIFORM_STARTS = 8
+_TWO_STARTS = 64  # the most latents for which two Gaussians are fitted: one may end in a mode of little mass
 _GAUSSIAN_TIME = 0.5  # of a time limit, at most, as the flow gains more in what is left
 _MAX_RATE = 8.0  # e^8 is the most by which the flow changes a scale: the necks of hierarchical models are narrow
 _MAX_STEPS = 4000
@@ -89,7 +90,8 @@ def fit(
         arviz.summary(result.posterior)
 
     A Gaussian over all latents is fitted first, by natural gradients from the best of a few moderate points
-    (:func:`~pyro_hollow.infer.gaussian.fit_gaussian`). From there an :class:`AutoHollowCNF` is trained by path
+    (:func:`~pyro_hollow.infer.gaussian.fit_gaussian`); up to 64 latents from the best two, of which the one with the
+    higher ELBO is kept. From there an :class:`AutoHollowCNF` is trained by path
     gradients, until its ELBO no longer rises and the learning rate has fallen to zero, for at most 4,000 steps;
     :meth:`Fit.resume` takes more. With 64 latents or more the second derivatives of the density show which of them
     it binds together; if these are few, the flow has a :class:`~pyro_hollow.nn.GraphConditioner` on that graph, and
@@ -526,28 +528,36 @@ class _Run:
         return trained
 
     def _start(self, density: LogDensity) -> GaussianFit:
-        """A Gaussian around the best of a few moderate points, fitted."""
+        """The better of two Gaussians, fitted from the two best of a few moderate points; or one for many latents."""
         dim, like = density.dim, density.start
         points = [like, 0.5 * like, torch.zeros_like(like)]
         points += [4 * torch.rand(dim).to(like) - 2 for _ in range(_UNIFORM_STARTS)]
         if self.guide._init_loc_fn is not None:
             points = [self.guide._init_loc()]
         noise = _INITIAL_SCALE * spread_normal(_NUM_PARTICLES, dim, like)
-        best, chosen = (-1, -math.inf), None
+        scored = []
         for point in points:
             value, gradient = density.value_and_gradient(point + noise)
             finite = value.isfinite() & gradient.isfinite().all(-1)
-            score = int(finite.sum()), value[finite].double().mean().item()
-            if bool(finite.any()) and score > best:
-                best, chosen = score, point
-        if chosen is None:
+            if bool(finite.any()):
+                scored.append((int(finite.sum()), value[finite].double().mean().item(), point))
+        if not scored:
             ((fault, count),) = Counter(map(density.fault, points)).most_common(1)
             raise ArithmeticError(
                 f"the log joint density of the model is finite around none of {len(points)} starts (at {count} of them "
                 f"{fault}); look at the priors and data there, or give a guide with an init_loc_fn"
             )
-        start = GaussianFit(chosen, _INITIAL_SCALE * torch.eye(dim).to(like))
-        return fit_gaussian(density.value_and_gradient, start, report=lambda *_: self._time_is_over(_GAUSSIAN_TIME))
+        scored.sort(key=lambda each: each[:2], reverse=True)
+        fitted: list[GaussianFit] = []
+        for *_, point in scored[: 2 if dim <= _TWO_STARTS else 1]:
+            if fitted and (fitted[0].interrupted or self._gaussian_is_over()):
+                break
+            start = GaussianFit(point, _INITIAL_SCALE * torch.eye(dim).to(like))
+            fitted.append(fit_gaussian(density.value_and_gradient, start, report=self._gaussian_is_over))
+        return max(fitted, key=lambda each: each.elbo if math.isfinite(each.elbo) else -math.inf)
+
+    def _gaussian_is_over(self, *_: object) -> bool:
+        return self._time_is_over(_GAUSSIAN_TIME)
 
     def _time_is_over(self, share: float = 1.0) -> bool:
         """Tells that a share of the time limit is over."""
