@@ -405,7 +405,7 @@ class LogDensity:
         values = values[:count]
         with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             alone = self._alone(rows[:count], subsamples)
-            if _agree(values, alone) or self._is_rounding(values - alone, rows[:count], alone, subsamples):
+            if _agree(values, alone) or self._is_rounding(values, rows[:count], alone, subsamples):
                 return True
             mixed = self.particles == "plate" and not self._agree_together(rows, alone, subsamples)
         if mixed:
@@ -421,13 +421,11 @@ class LogDensity:
         warnings.warn(f"LogDensity goes on {way}: {reason}", stacklevel=3)
         return False
 
-    def _is_rounding(self, difference: Tensor, rows: Tensor, alone: Tensor, subsamples: list[Tensor]) -> bool:
+    def _is_rounding(self, values: Tensor, rows: Tensor, alone: Tensor, subsamples: list[Tensor]) -> bool:
         """True if rounding of the latents by some units in the last place changes densities as much."""
-        moved = self._alone(rows * (1 - _ROUNDING * torch.finfo(rows.dtype).eps), subsamples) - alone
-        finite = alone.isfinite()
-        return bool((difference.abs() <= 10 * moved.abs())[finite].all()) and not bool(
-            difference[~finite].isfinite().any()
-        )
+        moved = self._alone(rows * (1 - _ROUNDING * torch.finfo(rows.dtype).eps), subsamples)
+        near = (values - alone).abs() <= 10 * (moved - alone).abs()
+        return bool((near | (values == alone)).all())
 
     def _agree_together(self, rows: Tensor, alone: Tensor, subsamples: list[Tensor]) -> bool:
         try:

@@ -837,6 +837,20 @@ def test_particles_that_mix_away_from_the_start_are_separated():
     assert log_density.check(z) and "those next to it" in log_density.reason
 
 
+def test_check_of_points_at_which_the_model_fails_alone():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if z.dim() == 0 and float(z.detach()) > 3.0:
+            raise ValueError("impossible")
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    log_density = LogDensity(model, compile=False)
+    assert log_density.particles == "plate" and log_density.backend == "graph"
+    assert log_density.check(torch.ones(2, 1))
+    with pytest.warns(UserWarning, match="goes on one particle at a time"):
+        assert not log_density.check(torch.full((2, 1), 5.0))
+
+
 def test_fault_names_sites():
     def model(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
