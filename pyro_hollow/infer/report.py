@@ -125,7 +125,7 @@ def _table(fit: Any) -> list[str]:
     latents = _latents(fit)
     deterministic = [name for name in posterior.data_vars if name not in latents]
     draws = {name: posterior[name].values for name in [*latents, *deterministic]}
-    draws = {name: values.reshape(-1, *values.shape[2:]) for name, values in draws.items()}
+    draws = {name: values.reshape(-1, *values.shape[2:]).astype(float) for name, values in draws.items()}
     quantiles = [0.05, 0.5, 0.95]
     numbers = {n: np.stack([v.mean(0), v.std(0), *np.quantile(v, quantiles, axis=0)]) for n, v in draws.items()}
     table = _rows(numbers, ["mean", "sd", "5 %", "median", "95 %"], deterministic)

@@ -461,6 +461,15 @@ def test_page_of_many_latents():
     assert "66 of 86 elements are left out; arviz" in text and all(len(line) <= 100 for line in text.splitlines())
 
 
+def test_page_of_deterministic_sites_without_fractions():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.deterministic("positive", z > 0)
+
+    text = str(fit(model, guide=AutoNormal(model), **{**QUICK, "num_steps": 1, "num_particles": 4}))
+    assert "\npositive * " in text
+
+
 def test_page_of_many_sites():
     def model():
         for k in range(25):
