@@ -350,6 +350,8 @@ class LogDensity:
         :return: True if they agree.
         """
         rows, subsamples = self._rows(z.detach()), self._density.draw_subsamples()
+        if not len(rows):
+            return True
         value, _ = self._evaluate_all(rows, subsamples)
         return self._compare(rows, value, _CHECKED, subsamples)
 

@@ -846,7 +846,7 @@ def test_check_of_points_at_which_the_model_fails_alone():
 
     log_density = LogDensity(model, compile=False)
     assert log_density.particles == "plate" and log_density.backend == "graph"
-    assert log_density.check(torch.ones(2, 1))
+    assert log_density.check(torch.ones(2, 1)) and log_density.check(torch.ones(0, 1))
     with pytest.warns(UserWarning, match="goes on one particle at a time"):
         assert not log_density.check(torch.full((2, 1), 5.0))
 
