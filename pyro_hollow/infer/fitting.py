@@ -182,7 +182,7 @@ class Fit:
     :ivar bool gaussian_suffices: True if the flow was not trained, as the Gaussian alone was close enough.
     :ivar float seconds: the wall time of the fit and of all calls of :meth:`resume`.
     :ivar str backend: the way in which the model and the flow were evaluated.
-    :ivar reasons: the reasons why no faster way was possible; empty if there are none.
+    :ivar reasons: notes in words: why no faster way was possible, why no draws were weighed, and the like.
     :ivar int num_particles: the number of samples of the guide in each step.
     :ivar compile: the argument of :func:`fit`.
     """
