@@ -325,6 +325,10 @@ def result(name="dogs", seed=0, guide="fit", **found):
     return fits.Result(fits.Config(name, guide, seed, 300.0), **{"num_samples": 4000, **found})
 
 
+def test_error_of_the_evidence_beside_a_failure():
+    assert fits.cells([result(failure="x"), result(log_evidence=1.0, log_evidence_error=0.1)])[1] == "1.00 ± 0.100"
+
+
 def test_verdict_counts_failures_as_the_worst():
     good = [result(elbo=-298.26), result(seed=1, elbo=-298.27), result(seed=2, failure="ValueError: no")]
     bad = [result("irt", elbo=-15424.0), result("irt", seed=1, failure="ValueError"), result("irt", 2, failure="x")]
