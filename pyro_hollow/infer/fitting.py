@@ -647,7 +647,8 @@ class _Run:
         if density.reason:
             result.reasons.append(density.reason)
         for flow in getattr(self.guide, "flows", ())[:1] if isinstance(self.guide, AutoHollowCNF) else ():
-            result.backend += f"; flow by the {flow.last_solve.backend} stepper"
+            if flow.last_solve is not None:  # Ctrl-C may have come before the first
+                result.backend += f"; flow by the {flow.last_solve.backend} stepper"
             if isinstance(flow.nn.conditioner, GraphConditioner):
                 edges, hubs = flow.nn.conditioner.edges.shape[1] // 2, len(flow.nn.conditioner.hubs)
                 result.backend += f", on a graph with {edges} edges and {hubs} hub(s)"

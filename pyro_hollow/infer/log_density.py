@@ -126,6 +126,7 @@ class LogDensity:
         self._dtype, self._device = self.start.dtype, self.start.device
         self._compile, self._spread = compile, _SPREAD
         self._runners: dict[int, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._distrusted = False  # a graph was found wrong
         self.backend = "handlers"
         self._reasons: list[str] = []
         self._calls, self._next_check = 0, _FIRST_CHECK
@@ -240,6 +241,8 @@ class LogDensity:
         """Evaluates batches of a size: by their graph, which is made at the first use, or by the handlers."""
         if size not in self._runners:
             self._runners[size] = self._differentiate
+            if self._distrusted:
+                return self._differentiate
             try:
                 graph = self._traced(size)
             except Untraceable as error:
@@ -417,7 +420,7 @@ class LogDensity:
         else:
             k = int((values - alone).abs().nan_to_num(math.inf).argmax())
             reason = f"after {self._calls} calls its graph gave {values[k]:.6g} for a density of {alone[k]:.6g}"
-            self._runners = {size: self._differentiate for size in self._runners}
+            self._runners, self._distrusted = {}, True
             self._fall_back(reason)
             way = "by Pyro's handlers"
         warnings.warn(f"LogDensity goes on {way}: {reason}", stacklevel=3)

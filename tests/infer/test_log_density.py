@@ -641,6 +641,9 @@ def test_data_that_change_in_place_are_noticed():
         for _ in range(64):
             log_density(torch.tensor([[0.5], [1.0]]))
     check(log_density, model, sizes=(1, 5))
+    assert log_density.backend == "handlers"  # no graph of another size is trusted
+    log_density(torch.tensor([[0.5]]))
+    assert log_density.backend == "handlers"
 
 
 def test_random_state_and_parameter_store_are_left_alone():
