@@ -419,7 +419,7 @@ class DifferentiatedStepper(Stepper):
 
     @torch.no_grad()
     def solve_by_hand(self, loop: Loop, state: Parts, score: Tensor | None = None) -> tuple[Parts, Path, Pull]:
-        """As :meth:`solve`, without a graph, but with a function that pulls gradients back."""
+        """Solves without a graph, and returns a function that pulls gradients back, too; see :meth:`Stepper.solve`."""
         path = loop(self, self.pack(state), True)
         return self._finish(path, score), path, partial(self.pull, path.times, path.saved)
 
