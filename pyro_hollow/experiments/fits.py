@@ -10,6 +10,7 @@ Guides of Pyro are fitted by the same function. AutoIAFNormal clips the logarith
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -107,6 +108,20 @@ def run(
     except FAILURES as error:
         result.failure = (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
     return keep(path, result)
+
+
+def run_seeds(model: Callable[[], Any], name: str, guide: str, args: argparse.Namespace, **kwargs: Any) -> list[Result]:
+    """
+    Runs a guide with each seed of a command line; see :func:`run`.
+
+    :param model: the model.
+    :param str name: its name.
+    :param str guide: a name in :data:`GUIDES`.
+    :param args: the command line of :func:`make_parser`.
+    :param kwargs: further keyword arguments of :func:`run`.
+    """
+    configs = [Config(name, guide, seed, args.time_limit) for seed in args.seeds]
+    return [run(model, config, args.output, args.force, **kwargs) for config in configs]
 
 
 def _interrupted(fitted: infer.Fit) -> bool:

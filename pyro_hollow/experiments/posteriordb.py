@@ -65,9 +65,7 @@ def run_all(guide: str, args: argparse.Namespace) -> dict[str, list[fits.Result]
     runs = {}
     for name in args.models:
         posterior = load(name, args.data_dir)
-        configs = [fits.Config(name, guide, seed, args.time_limit) for seed in args.seeds]
-        one = partial(fits.run, posterior.model, examine=partial(examine, posterior))
-        runs[name] = [one(config, args.output, args.force) for config in configs]
+        runs[name] = fits.run_seeds(posterior.model, name, guide, args, examine=partial(examine, posterior))
     return runs
 
 

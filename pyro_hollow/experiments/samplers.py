@@ -291,11 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run_target(name: str, args: argparse.Namespace) -> fits.Runs:
     model = load(name, args.data_dir)
-    one = partial(fits.run, model, examine=partial(examine, model))
-    return {
-        guide: [one(fits.Config(name, guide, s, args.time_limit), args.output, args.force) for s in args.seeds]
-        for guide in args.guides
-    }
+    further = partial(examine, model)
+    return {guide: fits.run_seeds(model, name, guide, args, examine=further) for guide in args.guides}
 
 
 if __name__ == "__main__":

@@ -100,8 +100,7 @@ def run_all(args: argparse.Namespace) -> Iterable[dict[str, fits.Runs]]:
         stan = load(name, args.data_dir)
         runs[name] = {}
         for guide in args.guides:
-            configs = [fits.Config(name, guide, seed, args.time_limit) for seed in args.seeds]
-            runs[name][guide] = [fits.run(stan.model, c, args.output, args.force, offset=stan.dropped) for c in configs]
+            runs[name][guide] = fits.run_seeds(stan.model, name, guide, args, offset=stan.dropped)
         yield runs
 
 
