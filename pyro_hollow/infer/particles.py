@@ -221,13 +221,13 @@ def _outside(site: Any) -> str:
     except NotImplementedError:
         return ""
     inside = False  # of an event, where a mask has other dimensions than the check
-    while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
-        inside |= isinstance(fn, Independent)
-        if isinstance(fn, MaskedDistribution):
+    *layers, base = _layers(fn)
+    for layer in layers:
+        inside |= isinstance(layer, Independent)
+        if isinstance(layer, MaskedDistribution):
             if inside:
                 return ""
-            wrong = scale_and_mask(wrong.to(torch.uint8), mask=fn._mask).bool()
-        fn = fn.base_dist
+            wrong = scale_and_mask(wrong.to(torch.uint8), mask=layer._mask).bool()
     wrong = scale_and_mask(wrong.to(torch.uint8), mask=site["mask"]).bool()
     if not bool(wrong.any()):
         return ""
@@ -235,15 +235,21 @@ def _outside(site: Any) -> str:
     example = f"{value[index].tolist()} at index {index}" if value.shape[: wrong.dim()] == wrong.shape else "not inside"
     return (
         f"observed value of site {site['name']!r} is {example}, outside of the support {site['fn'].support} of "
-        f"{type(fn).__name__} ({int(wrong.sum())} of {wrong.numel()} elements are)"
+        f"{type(base).__name__} ({int(wrong.sum())} of {wrong.numel()} elements are)"
     )
 
 
 def _validates(fn: Any) -> bool:
     """True if a distribution validates values. Its parts may do so where it does not, as those of a multinomial one."""
-    while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
-        fn = fn.base_dist
-    return bool(getattr(fn, "_validate_args", False))
+    return bool(getattr(_layers(fn)[-1], "_validate_args", False))
+
+
+def _layers(fn: Any) -> list[Any]:
+    """A distribution, and those that it wraps one in the other, which may be expanded, masked or independent."""
+    layers = [fn]
+    while isinstance(layers[-1], (Independent, ExpandedDistribution, MaskedDistribution)):
+        layers.append(layers[-1].base_dist)
+    return layers
 
 
 def _lacks_density(site: Any) -> Tensor:
