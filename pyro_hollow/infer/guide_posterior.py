@@ -137,17 +137,26 @@ class Tails(_Bijection):
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value, log-determinant, and the gradient of the log-density of y from that of x."""
-        return self(x), *self.call_and_pull(x, score)[1:3]
+        y = self(x)
+        with torch.no_grad():
+            *_, log_slope, _, score = self._carry(x, score)
+        return y, log_slope.sum(-1), score
+
+    def _carry(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Beyond the thresholds r, its square, q = b r^2; and the log slope, the slope, and the score of the image."""
+        _, r, b = self._split(x)
+        square = r.square()
+        q = b * square
+        log_slope = self._log_slope(q)
+        slope = log_slope.exp()
+        gradient = b * r * (4 / (1 + 2 * q) - 1 / (1 + q))
+        return r, square, q, log_slope, slope, (score - gradient) / slope
 
     @torch.no_grad()
     def call_and_pull(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """See :meth:`~pyro_hollow.transforms.HollowCNF.call_and_pull`."""
-        inner, r, b = self._split(x)
-        square = r.square()
-        q = b * square
-        root, log_slope = (1 + q).sqrt(), self._log_slope(q)
-        slope = log_slope.exp()
-        gradient = b * r * (4 / (1 + 2 * q) - 1 / (1 + q))
+        r, square, q, log_slope, slope, score = self._carry(x, score)
+        root = (1 + q).sqrt()
 
         def pull(y_bar: Tensor) -> Tensor:
             b_bar = y_bar * (square * r / (2 * root))
@@ -155,7 +164,7 @@ class Tails(_Bijection):
             self.weight.backward(sides.reshape(-1, *self.weight.shape).sum(0))
             return y_bar * slope
 
-        return inner + r * root, log_slope.sum(-1), (score - gradient) / slope, pull
+        return x - r + r * root, log_slope.sum(-1), score, pull
 
 
 @lru_cache(maxsize=8)
