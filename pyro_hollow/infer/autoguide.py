@@ -23,6 +23,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, biject_to
 
+from pyro_hollow.infer.gaussian_mixture import GaussianMixture
 from pyro_hollow.infer.gradient_guard import guard_gradients
 from pyro_hollow.infer.graph import adjacency_of_trace
 from pyro_hollow.infer.guide_posterior import Affine, PathPosterior, Posterior, Stretching, Tails
@@ -45,6 +46,12 @@ _QUANTILE_SAMPLES = 4096
 # The base starts nearly Gaussian, but with tails that can be felt.
 _INITIAL_TAIL = 0.05
 _SIGNATURE_SIZE = 8
+_BASE = (
+    "base_log_weights",
+    "base_locs",
+    "base_scale_trils",
+    "base_members",
+)  # of a mixture, in the coordinates of the flow
 _OTHER_STORE = (
     "Pyro's parameter store has the parameters of a guide for another number of latents or with other settings, or of "
     "another model; before you make a guide anew, call pyro.clear_param_store()"
@@ -156,6 +163,10 @@ class AutoHollowCNF(AutoContinuous):
 
     progress: Tensor
     affine: nn.Parameter
+    base_log_weights: Any
+    base_locs: Any
+    base_scale_trils: Any
+    base_members: Any
     prototype_trace: Any
 
     def __init__(
@@ -215,6 +226,8 @@ class AutoHollowCNF(AutoContinuous):
         self._check_flow_settings()
         #: What is saved besides parameters: the number of calls, the stretching, and whose parameters they are.
         self.register_buffer("progress", torch.zeros(2 + _SIGNATURE_SIZE))
+        for name in _BASE:
+            self.register_buffer(name, None)
         self._placed = self.progress.dtype, self.progress.device
 
     def _check_flow_settings(self) -> None:
@@ -484,13 +497,37 @@ class AutoHollowCNF(AutoContinuous):
             raw = -0.5 * torch.cholesky_inverse(scale_tril).diagonal().log().unsqueeze(-1)
         self.affine.copy_(torch.cat([loc.unsqueeze(-1), raw], -1) / _AFFINE_RATE)
 
+    @torch.no_grad()
+    def set_mixture(self, mixture: GaussianMixture) -> None:
+        r"""
+        Makes a mixture of Gaussians the base of the flow, behind an affine map to its mean and covariance, so that a
+        guide whose flow is still the identity is that mixture, but for tails. The flow then need not tear a single
+        Gaussian apart, and keeps modes that it would lose.
+
+        The base is not trained. It is a part of the guide's state, but not of Pyro's parameter store.
+
+        :param GaussianMixture mixture: of all unconstrained latents.
+        :raises ValueError: for another number of latents.
+        """
+        if mixture.event_shape != (self.latent_dim,):
+            raise ValueError(f"mixture must be of {self.latent_dim} latents, but it is of {mixture.event_shape[0]}")
+        loc, scale_tril = mixture.moments()
+        if not self._full:
+            scale_tril = scale_tril.square().sum(-1).sqrt().diag()
+        self.set_affine(loc, scale_tril)
+        base = mixture.affine(loc, scale_tril)
+        for name in _BASE:
+            setattr(self, name, getattr(base, name.removeprefix("base_")))
+
     def is_fresh(self) -> bool:
         """Tells that nothing was trained yet: the flows are the identity, and no call had gradients."""
         flows = self._modules.get("flows") or ()
         return self.progress[0].item() == 0 and all(flow.nn.transformer.is_zero() for flow in flows)
 
     def get_base_dist(self) -> dist.Distribution:
-        """A standard Normal distribution."""
+        """A standard Normal distribution, or the mixture of Gaussians of :meth:`set_mixture`."""
+        if self.base_locs is not None:
+            return GaussianMixture(self.base_log_weights, self.base_locs, self.base_scale_trils, self.base_members)
         zero = self.affine.new_zeros(())
         return dist.Normal(zero, torch.ones_like(zero)).expand([self.latent_dim]).to_event(1)
 
@@ -616,6 +653,11 @@ class AutoHollowCNF(AutoContinuous):
     ) -> Tensor:
         """The quantiles of the unconstrained latents, with shape ``(len(probabilities), n)``."""
         z = _normal_samples(self.latent_dim).to(self.affine)
+        base = self.get_base_dist()
+        if isinstance(base, GaussianMixture):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                z = base.place(z, base.stratify(len(z)))
         transform = self.get_transform()
         samples = torch.cat([transform(part) for part in z.split(max(1, 2**18 // self.latent_dim))])
         if self._masked:
@@ -672,6 +714,9 @@ class AutoHollowCNF(AutoContinuous):
                 self._adjacency = torch.zeros(len(affine), len(affine), dtype=torch.bool)
                 self._adjacency[edges.cpu().unbind()] = True
             self._make(affine[:, 0].detach().clone())
+        for name in _BASE:
+            saved = state_dict.get(f"{prefix}{name}")
+            setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.progress.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:

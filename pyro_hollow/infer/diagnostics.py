@@ -19,10 +19,12 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
+from pyro_hollow.infer.elbo import DensityELBO, supports
 from pyro_hollow.infer.importance import faults, resample, smooth
 from pyro_hollow.infer.inference_data import check_names, import_arviz, inference_data
+from pyro_hollow.infer.log_density import LogDensity
 from pyro_hollow.infer.log_joint import log_densities
-from pyro_hollow.infer.modes import LogJoint, MissedModes, find_missed_modes
+from pyro_hollow.infer.modes import Mode, judge_modes, search_around
 from pyro_hollow.infer.particles import check_independence, check_observed, explained
 from pyro_hollow.infer.plates import plates, subsampled
 from pyro_hollow.infer.predictions import PARTICLES, Predictions
@@ -68,9 +70,7 @@ class GuideDiagnostics:
     :ivar float unseen: the share of the total weight that the fitted tail expects beyond the weights drawn, for a k of
         at most 0.7; 1 if no tail could be fitted.
     :ivar int restarts: how many searches for missed modes were started.
-    :ivar int num_modes: how many modes they found, those of the guide included.
-    :ivar list missed_modes: the modes with almost no draws, largest first, as values of the latent sites.
-    :ivar float missed_mass: their share of the posterior, by Laplace's approximation.
+    :ivar list modes: the :class:`~pyro_hollow.infer.modes.Mode` objects of the modes that they found, largest first.
     """
 
     elbo: float
@@ -85,9 +85,23 @@ class GuideDiagnostics:
     posterior: InferenceData = field(repr=False)
     unseen: float
     restarts: int = 0
-    num_modes: int = 0
-    missed_modes: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
-    missed_mass: float = 0.0
+    modes: list[Mode] = field(default_factory=list, repr=False)
+
+    @property
+    def num_modes(self) -> int:
+        """The number of modes that were found, those of the guide included."""
+        return len(self.modes)
+
+    @property
+    def missed_modes(self) -> list[dict[str, Tensor]]:
+        """The modes with almost no draws, largest first, as values of the latent sites."""
+        return [mode.values for mode in self.modes if mode.missed]
+
+    @property
+    def missed_mass(self) -> float:
+        """The share of the posterior that the missed modes hold, by Laplace's approximation."""
+        odds = sum(mode.mass / max(1 - mode.mass, 1e-300) for mode in self.modes if mode.missed)
+        return odds / (1 + odds)
 
     @property
     def impossible(self) -> float:
@@ -202,7 +216,7 @@ def diagnose(
     :param bool posterior_predictive: False to leave out this group. One of more than 2 GiB, or of a model that cannot
         sample its observed sites, is left out with a warning.
     :param int restarts: how many searches for missed modes to start away from the guide, 64 say, for
-        :attr:`GuideDiagnostics.missed_modes`; see :func:`~pyro_hollow.infer.modes.find_missed_modes`. Each climbs the
+        :attr:`GuideDiagnostics.missed_modes`; see :func:`~pyro_hollow.infer.modes.judge_modes`. Each climbs the
         log joint density, all at once, in at most some hundred evaluations of its gradient. Defaults to none.
     :param kwargs: keyword arguments of both; give those of the names above by position.
     :raises ValueError: for settings out of range, subsampled plates, observed values that are not finite, latents that
@@ -257,10 +271,7 @@ def describe(
     smoothed = smooth(log_weights)
     weights = smoothed.weights
     summary = _summarise(log_weights, weights) | {"khat": smoothed.khat}
-    modes = MissedModes(0, [], 0.0)
-    if restarts:
-        log_joint = LogJoint(pair.model, pair.args, pair.kwargs, pair.max_plate_nesting, pair.prototypes)
-        modes = find_missed_modes(log_joint, samples, weights, summary["iw_bound"], restarts)
+    modes = _search(pair, samples, weights, summary["iw_bound"], restarts) if restarts else []
     chosen = resample(weights, num_draws)
     draws = {name: values[chosen] for name, values in samples.items()}
     found = {"posterior": draws, "sample_stats": {"log_weight": log_weights[chosen]}, "guide": samples}
@@ -276,10 +287,26 @@ def describe(
         posterior=inference_data(found, summary),
         unseen=smoothed.unseen,
         restarts=restarts,
-        num_modes=modes.num_found,
-        missed_modes=modes.values,
-        missed_mass=modes.mass,
+        modes=modes,
     )
+
+
+def _density_of(pair: Pair, density: LogDensity) -> Callable[[Tensor], Tensor] | None:
+    """The guide's density of unconstrained latents, if it is known without Pyro's handlers."""
+    if density.masks or not supports(pair.guide) or list(pair.prototypes) != density.sites:
+        return None
+    return DensityELBO(pair.guide, density, 1, *pair.args, **pair.kwargs).posterior().log_prob
+
+
+def _search(pair: Pair, samples: dict[str, Tensor], weights: Tensor, log_evidence: float, restarts: int) -> list[Mode]:
+    try:
+        density = LogDensity(pair.model, *pair.args, compile=False, **pair.kwargs)
+        modes = search_around(density, samples, weights, restarts)
+        return judge_modes(density, modes, samples, weights, log_evidence, _density_of(pair, density))
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"restarts must be 0 for this model, as a search for modes evaluates its LogDensity and gradient: {error}"
+        ) from error
 
 
 class Pair:

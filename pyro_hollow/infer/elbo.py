@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_hollow.transforms import HollowCNF
 
 from .autoguide import AutoHollowCNF
+from .gaussian_mixture import GaussianMixture
 from .guide_posterior import spread_normal
 from .importance import resample, smooth
 from .log_density import LogDensity
@@ -147,6 +148,8 @@ class PathELBO(DensityELBO):
     ) -> None:
         super().__init__(guide, log_density, num_particles, *args, **kwargs)
         self._calls = 0
+        base = guide.get_base_dist()
+        self._mixture = base if isinstance(base, GaussianMixture) else None
         flows: Any = guide.flows
         self._lengths = [_StepLength(flow) for flow in flows if flow.solver.adaptive]
 
@@ -158,11 +161,10 @@ class PathELBO(DensityELBO):
     def __call__(self) -> Tensor:
         """Evaluates the negative ELBO of new particles, and adds its gradient to those of the parameters."""
         self._calls += 1
-        x, near = self._base_sample()
+        y, near, log_q, score = self._base_sample()
         parts: Any = self.guide.get_transform().parts  # type: ignore[attr-defined]
         *transforms, affine = parts
-        y, score, pulls = x, -x, []
-        log_q = -0.5 * x.double().square().sum(-1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
+        pulls = []
         for transform in transforms:
             y, ladj, score, pull = transform.call_and_pull(y, score)
             log_q -= ladj
@@ -189,18 +191,23 @@ class PathELBO(DensityELBO):
         early = self._calls < _FEWEST_STEPS and self.divergence() > _CLOSE
         return -math.inf if early else super().threshold()
 
-    def _base_sample(self) -> tuple[Tensor, Tensor]:
-        """Base samples, and the indices of those that are not stretched."""
+    def _base_sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Base samples, the indices of those that are not stretched, the log densities of all, and the scores."""
         size, dim = self.num_particles, self.log_density.dim
-        x = spread_normal(size, dim, self.guide.affine)
-        count = min(int(_STRETCHED * size), size - 2)
-        if count < 1:
-            return x, torch.arange(size)
-        chosen = torch.randint(dim, (count, 1), device=x.device)
-        factor = 1.0 + (_LARGEST_FACTOR - 1.0) * torch.rand(count, 1).to(x)
-        # Sobol points come in no order, so that the first ones are as good as any.
-        head = x[:count].scatter(1, chosen, x[:count].gather(1, chosen) * factor)
-        return torch.cat([head, x[count:]]), torch.arange(count, size)
+        noise = spread_normal(size, dim, self.guide.affine)
+        count = max(min(int(_STRETCHED * size), size - 2), 0)
+        if count:
+            chosen = torch.randint(dim, (count, 1), device=noise.device)
+            factor = 1.0 + (_LARGEST_FACTOR - 1.0) * torch.rand(count, 1).to(noise)
+            # Sobol points come in no order, so that the first ones are as good as any.
+            head = noise[:count].scatter(1, chosen, noise[:count].gather(1, chosen) * factor)
+            noise = torch.cat([head, noise[count:]])
+        near = torch.arange(count, size)
+        if self._mixture is None:
+            log_density = -0.5 * noise.double().square().sum(-1) - 0.5 * dim * math.log(2 * math.pi)
+            return noise, near, log_density, -noise
+        x = self._mixture.place(noise, self._mixture.stratify(size))
+        return x, near, *self._mixture.log_prob_and_score(x)
 
 
 class InclusiveKL:
@@ -246,18 +253,27 @@ class InclusiveKL:
 
     def _base_sample(self) -> tuple[Tensor, Tensor]:
         r"""
-        Samples of which some have one coordinate stretched by s, and their log densities,
-        :math:`\log \phi(x) + \log (1 - a + \frac{a}{d} \sum_i \phi(x_i / s) / (s \phi(x_i)))`.
+        Samples of whose noise a share a has one coordinate stretched by s, and their log densities,
+        :math:`\log q(x) + \log (1 - a + \frac{a}{d} \sum_k p(k | x) \sum_i r(\epsilon_i)`, for the components k of a
+        mixture and the coordinates i of each, with :math:`r(\epsilon) = \phi(\epsilon / s) / (s \phi(\epsilon))`.
         """
-        dim, like = self.objective.log_density.dim, self.objective.guide.affine
-        x = torch.randn(_SAMPLES, dim).to(like)
+        dim, like, mixture = self.objective.log_density.dim, self.objective.guide.affine, self.objective._mixture
+        noise = torch.randn(_SAMPLES, dim).to(like)
         chosen = torch.randint(dim, (_SAMPLES, 1)).to(like.device)
-        stretched = x.scatter(1, chosen, _FACTOR * x.gather(1, chosen))
-        x = torch.where((torch.rand(_SAMPLES, 1) < _SHARE).to(like.device), stretched, x)
-        squares = x.double().square()
-        ratios = (0.5 * (1 - _FACTOR**-2) * squares).exp().mean(-1) / _FACTOR
-        log_normal = -0.5 * (squares.sum(-1) + dim * math.log(2 * math.pi))
-        return x, log_normal + torch.log1p(_SHARE * (ratios - 1))
+        stretched = noise.scatter(1, chosen, _FACTOR * noise.gather(1, chosen))
+        noise = torch.where((torch.rand(_SAMPLES, 1) < _SHARE).to(like.device), stretched, noise)
+        growth = 0.5 * (1 - _FACTOR**-2)
+        if mixture is None:
+            x, squares = noise, noise.double().square()
+            log_density = -0.5 * (squares.sum(-1) + dim * math.log(2 * math.pi))
+            log_ratio = (growth * squares).logsumexp(-1)
+        else:
+            x = mixture.place(noise, mixture.stratify(_SAMPLES))
+            log_density, noises, log_probabilities = mixture.explain(x)
+            # In logarithms, as a component far away has a tiny probability and a huge ratio.
+            logs = growth * noises.double().square() + log_probabilities.unsqueeze(-1)
+            log_ratio = logs.masked_fill(~mixture.members.unsqueeze(1), -math.inf).logsumexp((0, -1))
+        return x, log_density.double() + torch.log1p(_SHARE * (log_ratio.exp() / (_FACTOR * dim) - 1))
 
 
 class _StepLength:

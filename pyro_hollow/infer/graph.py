@@ -25,7 +25,7 @@ from pyro_hollow.ops.memory import allocated_bytes, part_size
 from .log_density import LogDensity
 from .start import choose_start, log_density
 
-__all__ = ["adjacency_of_trace", "latent_adjacency", "sparse_conditioner"]
+__all__ = ["adjacency_of_trace", "independent_groups", "latent_adjacency", "sparse_conditioner"]
 
 _POINTS = 3  # at which the joint density is differentiated
 _ROWS = 64  # of the second derivatives that are taken together
@@ -122,6 +122,24 @@ def sparse_conditioner(density: LogDensity) -> GraphConditioner | None:
     conditioner = GraphConditioner(density.dim, _WIDTHS, adjacency=adjacency, activation="silu")
     num_seen = conditioner.index.shape[1] + len(conditioner.hubs)
     return conditioner if num_seen <= _SEEN_SHARE * density.dim else None
+
+
+def independent_groups(density: LogDensity) -> list[Tensor]:
+    """
+    Finds groups of latents that the joint density does not bind together, the connected components of its graph.
+
+    :param LogDensity density: the density of the model.
+    :return: the indices of each group; a single one where the graph is unknown.
+    """
+    try:
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            adjacency = _adjacency(density.model.of_one, density.start, _PATIENCE)
+    except ValueError:
+        return [torch.arange(density.dim)]
+    reached = adjacency.double().fill_diagonal_(1.0)
+    for _ in range(density.dim.bit_length()):  # paths of twice the length each time
+        reached = (reached @ reached > 0).double()
+    return [row.nonzero().squeeze(-1) for row in reached.unique(dim=0)]
 
 
 def _adjacency(log_joint: Callable[[Tensor], Tensor], start: Tensor, patience: float = math.inf) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 
+from .gaussian_mixture import GaussianMixture
 from .path_gradient import PathGradientDistribution
 
 __all__ = ["Affine", "PathPosterior", "Posterior", "Stretching", "Tails", "spread_normal"]
@@ -192,11 +193,15 @@ def spread_normal(size: int, dim: int, like: Tensor) -> Tensor:
 
 
 def _spread_sample(posterior: dist.TransformedDistribution, sample_shape: torch.Size) -> Tensor:
-    """Samples of the standard Normal base; evenly spread for training."""
+    """Samples of the base; evenly spread for training."""
+    base = posterior.base_dist
     batch_shape, (dim,) = sample_shape + posterior.batch_shape, posterior.event_shape
     if not torch.is_grad_enabled():
-        return posterior.base_dist.rsample(sample_shape)
-    return spread_normal(batch_shape.numel(), dim, posterior.base_dist.mean).view(*batch_shape, dim)
+        return base.rsample(sample_shape)
+    if isinstance(base, GaussianMixture):
+        size = batch_shape.numel()
+        return base.place(spread_normal(size, dim, base.locs), base.stratify(size)).view(*batch_shape, dim)
+    return spread_normal(batch_shape.numel(), dim, base.mean).view(*batch_shape, dim)
 
 
 class Posterior(dist.TransformedDistribution):

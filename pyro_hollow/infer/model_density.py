@@ -210,6 +210,24 @@ class ModelDensity:
         """Evaluates particles as :meth:`of_particles` does, but one after the other."""
         return torch.stack([self.of_one(row, *subsamples) for row in z])
 
+    def prior(self, count: int) -> Tensor:
+        """
+        Draws of the prior, of the latents that have one; the others are at zero.
+
+        :param int count: the number of draws.
+        :return: with shape ``(n, d)`` for n of at most ``count``, as a model may fail, or overflow, at some of them.
+        """
+        draws = []
+        with torch.no_grad(), pyro.validation_enabled(False):
+            for _ in range(count):
+                with suppress(ArithmeticError, RuntimeError, ValueError):
+                    sites = poutine.block(poutine.trace(ImproperAtZero()(self.model)).get_trace)(
+                        *self.args, **self.kwargs
+                    ).nodes
+                    draws.append(self.pack({name: sites[name]["value"] for name in self.sites}))
+        points = torch.stack(draws) if draws else self.start.new_zeros(0, self.dim)
+        return points[points.isfinite().all(-1)]
+
     def draw_subsamples(self) -> list[Tensor]:
         """Indices of a new subsample for each of :attr:`subsamples`."""
         return [torch.randperm(full)[:size] for full, size in self.subsamples.values()]

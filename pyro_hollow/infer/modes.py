@@ -1,24 +1,30 @@
 # Copyright Contributors to the pyro_hollow project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Search for modes of a posterior near which a guide has no draws."""
+"""Search for the modes of a posterior, and for those near which a guide has no draws."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import biject_to
 
-__all__ = ["LogJoint", "MissedModes", "find_missed_modes"]
+from .gaussian import GaussianFit, ValueAndGradient
+from .log_density import LogDensity
+
+__all__ = [
+    "Mode",
+    "Modes",
+    "find_modes",
+    "judge_modes",
+    "projected",
+    "search",
+    "search_around",
+    "search_starts",
+]
 
 # A mode with a smaller share of the evidence is not reported.
 _MIN_MASS = 0.01
@@ -28,313 +34,392 @@ _MIN_SHARE = 0.1
 _GUIDE_STARTS = 16
 # Of the inverse Hessians of all searches.
 _MAX_ELEMENTS = 10**8
-_DISCRETE = (
-    "restarts must be 0 for a model with latents that are discrete, or that the guide does not sample, as {!r}: the "
-    "search for modes needs gradients; marginalise them out of the model"
-)
+_EVALUATIONS = 150
+_WIDEST = 30.0  # standard deviations of a guide, around which searches start
+_RADIUS = 2.0  # of the uniform starts in the unconstrained space
+# Starts of the first round, also of a model that is evaluated one by one, and of each of some further rounds.
+_STARTS, _FEW_STARTS, _MORE_STARTS, _ROUNDS = 64, 16, 256, 6
+_MOST_MODES = 128  # more than a mixture has components
+_DECREMENT = 0.05  # twice the nats that a quadratic model still promises at a mode
 
 
-@dataclass(frozen=True)
-class MissedModes:
+@dataclass(frozen=True, eq=False)
+class Modes:
+    r"""
+    Modes of a density, highest first, with Laplace's approximation of each, a Gaussian.
+
+    :ivar int num_starts: from how many points the search has started.
+    :ivar Tensor points: the modes with shape ``(k, d)``, in float64.
+    :ivar Tensor values: the log densities there.
+    :ivar Tensor scale_trils: the Cholesky factors of the Gaussians' covariances, with shape ``(k, d, d)``.
+    :ivar torch.dtype dtype: that of the density's latents.
     """
-    Result of :func:`find_missed_modes`.
 
-    :ivar int num_found: the number of modes that were found, missed ones included.
-    :ivar list values: for each missed mode, largest mass first, the values of the latent sites.
-    :ivar float mass: the share of the posterior that the missed modes hold, by Laplace's approximation.
+    num_starts: int
+    points: Tensor
+    values: Tensor
+    scale_trils: Tensor
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @property
+    def log_masses(self) -> Tensor:
+        r"""Laplace's approximations :math:`\log p(m) + \tfrac{d}{2} \log 2 \pi + \log \det L` of the modes' masses."""
+        log_det = self.scale_trils.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return self.values + 0.5 * self.points.shape[-1] * math.log(2 * math.pi) + log_det
+
+    def densities(self, x: Tensor) -> Tensor:
+        """The log densities of all Gaussians at points, up to one constant, with shape ``(n, k)``."""
+        columns = []
+        for point, factor in zip(self.points, self.scale_trils, strict=True):
+            noise = torch.linalg.solve_triangular(factor, (x - point).mT, upper=False)
+            columns.append(-0.5 * noise.square().sum(0) - factor.diagonal().log().sum())
+        return torch.stack(columns, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Mode:
+    r"""
+    A mode of a posterior, beside a guide.
+
+    :ivar values: the latent sites at the mode.
+    :ivar float weight: the share of the posterior that belongs to the mode by the guide's weighted draws.
+    :ivar float mass: that share by Laplace's approximation, :math:`Z_m / (Z + Z_m)` with the guide's evidence Z.
+    :ivar bool missed: True if the guide has almost no draws near it.
     """
 
-    num_found: int
-    values: list[dict[str, Tensor]]
+    values: dict[str, Tensor]
+    weight: float
     mass: float
+    missed: bool
 
 
-class _Unconstrained(Messenger):
-    """Gives each latent site the image of its columns of a matrix, and sums the log-determinants of these maps."""
-
-    def __init__(self, points: Tensor, prototypes: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.points, self.prototypes = points, prototypes
-        self.log_det = torch.zeros(len(points)).to(points)
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] not in self.prototypes:
-            return
-        transform = biject_to(msg["fn"].support)
-        shape = transform.inverse_shape(msg["fn"].shape())
-        columns = shape.numel() // len(self.points)
-        part, self.points = self.points[:, :columns], self.points[:, columns:]
-        part = part.reshape(shape).to(self.prototypes[msg["name"]])
-        msg["value"], msg["done"] = transform(part), True
-        log_det = transform.log_abs_det_jacobian(part, msg["value"])
-        self.log_det = self.log_det + log_det.reshape(len(self.log_det), -1).sum(-1).to(self.log_det)
-
-
-class LogJoint:
+def find_modes(
+    value_and_gradient: ValueAndGradient,
+    starts: Tensor,
+    loc: Tensor,
+    scale_tril: Tensor,
+    known: Modes | None = None,
+    report: Callable[[], bool] | None = None,
+) -> Modes:
     r"""
-    Log joint density of a model's latents at points of the unconstrained space :math:`\mathbb{R}^d` that
-    :func:`~torch.distributions.biject_to` maps to their supports, with the log-determinant of that map.
+    Climbs from each start by BFGS, all at once, and returns the distinct modes that were reached.
 
-    :param model: the model, of continuous latents, in which a further plate is possible.
-    :param args: its positional arguments.
-    :param kwargs: its keyword arguments.
-    :param int max_plate_nesting: the largest number of nested plates.
-    :param values: one value of each latent site, by name.
-    :raises ValueError: for discrete latents, or those without a value.
+    The climb is in the coordinates :math:`L^{-1} (\mathbf{z} - \mu)` of a Gaussian that is roughly as wide as the modes
+    are. A point is a mode if the negative Hessian there, by differences of gradients, is positive definite, and
+    promises an increase of less than 0.025 nats. Along a ridge there is no mode. Two points are one mode if they are
+    less than a standard deviation apart.
+
+    :param value_and_gradient: log densities with shape ``(n,)`` and gradients with shape ``(n, d)`` at points.
+    :param Tensor starts: with shape ``(n, d)``.
+    :param Tensor loc: :math:`\mu`, with shape ``(d,)``.
+    :param Tensor scale_tril: L, lower triangular with shape ``(d, d)``.
+    :param Modes known: earlier ones, to which those are added.
+    :param report: called before each step; True ends the climb.
     """
+    dtype = starts.dtype
+    loc, scale_tril = loc.double(), scale_tril.double()
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        max_plate_nesting: int,
-        values: Mapping[str, Tensor],
-    ) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
-        self.nesting = max_plate_nesting + 1
-        trace = poutine.trace(poutine.condition(model, dict(values))).get_trace(*args, **kwargs)
-        for name, _ in prune_subsample_sites(trace).iter_stochastic_nodes():
-            raise ValueError(_DISCRETE.format(name))
-        for name in values:
-            if trace.nodes[name]["fn"].support.is_discrete:
-                raise ValueError(_DISCRETE.format(name))
-        # In the order of the model, which is that of the columns.
-        self.prototypes = {name: values[name] for name in trace.nodes if name in values}
-        self.eps = max(torch.finfo(value.dtype).eps for value in self.prototypes.values())
-        self.batch_dims = {name: values[name].dim() - trace.nodes[name]["fn"].event_dim for name in self.prototypes}
-
-    def _trace(self, count: int, messenger: Messenger | None = None) -> poutine.Trace:
-        model = pyro.plate("num_particles_vectorized", count, dim=-self.nesting)(self.model)
-        if messenger is not None:
-            model = messenger(model)
-        return poutine.trace(model).get_trace(*self.args, **self.kwargs)
-
-    def unconstrain(self, count: int, samples: Mapping[str, Tensor] | None = None) -> Tensor:
-        """
-        Maps samples to unconstrained points.
-
-        :param int count: the number of samples.
-        :param samples: values by site, with the shapes ``(count,)`` + those of the sites. Defaults to prior draws.
-        :returns: points with shape ``(count, d)``, in float64 on the CPU.
-        """
-        messenger = None
-        if samples is not None:
-            padded = {}
-            for name, prototype in self.prototypes.items():
-                ones = (1,) * (self.nesting - 1 - self.batch_dims[name])
-                padded[name] = samples[name].to(prototype).reshape(count, *ones, *prototype.shape)
-            messenger = poutine.condition(data=padded)
-        sites = self._trace(count, messenger).nodes
-        parts = [biject_to(sites[name]["fn"].support).inv(sites[name]["value"]) for name in self.prototypes]
-        return torch.cat([part.reshape(count, -1).to("cpu", torch.float64) for part in parts], -1)
-
-    def constrain(self, points: Tensor) -> dict[str, Tensor]:
-        """Maps unconstrained points to values by site, with the shapes ``(count,)`` + those of the sites."""
-        with torch.no_grad(), pyro.validation_enabled(False):
-            sites = self._trace(len(points), _Unconstrained(points, self.prototypes)).nodes
-        return {
-            name: sites[name]["value"].reshape(len(points), *prototype.shape).cpu()
-            for name, prototype in self.prototypes.items()
-        }
-
-    def __call__(self, points: Tensor) -> Tensor:
-        """Evaluates the log density, with shape ``(count,)``, at points with shape ``(count, d)``; it may be nan."""
-        messenger, total = _Unconstrained(points, self.prototypes), torch.zeros(len(points)).to(points)
-        # At extreme points parameters may be invalid: the density is nan there, and the point is given up.
-        with pyro.validation_enabled(False):
-            trace = prune_subsample_sites(self._trace(len(points), messenger))
-            trace.compute_log_prob()
-        for site in trace.nodes.values():
-            if site["type"] == "sample":
-                total = total + site["log_prob"].reshape(len(points), -1).sum(-1).to(total)
-        return total + messenger.log_det
-
-    def gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluates the log density, -inf where it is not finite, and its gradient."""
-        try:
-            with torch.enable_grad():
-                points = points.detach().requires_grad_()
-                value = self(points)
-                (gradient,) = torch.autograd.grad(value.sum(), points)
-        except torch.linalg.LinAlgError:  # of one point or more
-            if len(points) == 1:
-                return torch.full((1,), -math.inf).to(points), torch.zeros_like(points)
-            values, gradients = zip(*map(self.gradient, points.detach().tensor_split(2)), strict=True)
-            return torch.cat(values), torch.cat(gradients)
+    def function(u: Tensor) -> tuple[Tensor, Tensor]:
+        # A LogDensity would make a graph of its own for a point alone.
+        rows = u if len(u) > 1 else u.expand(2, -1)
+        value, gradient = value_and_gradient((loc + rows @ scale_tril.mT).to(dtype))
+        value, gradient = value[: len(u)].double(), gradient[: len(u)].double() @ scale_tril
         finite = value.isfinite() & gradient.isfinite().all(-1)
-        return torch.where(finite, value.detach(), -math.inf), torch.where(finite.unsqueeze(-1), gradient, 0.0)
+        return value.where(finite, -math.inf), gradient.where(finite.unsqueeze(-1), 0.0)
 
-    def precision(self, points: Tensor) -> Tensor:
-        """Evaluates the negative Hessians with shape ``(count, d, d)``."""
-        with torch.enable_grad():
-            points = points.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self(points).sum(), points, create_graph=True)
-            rows = []
-            for column in gradient.sum(0):
-                (row,) = torch.autograd.grad(column, points, retain_graph=True, allow_unused=True)
-                rows.append(torch.zeros_like(points) if row is None else -row)
-        hessian = torch.stack(rows, 1)
-        return (hessian + hessian.mT) / 2
+    u = torch.linalg.solve_triangular(scale_tril, (starts.double() - loc).mT, upper=False).mT
+    climb = _Climb(function, u.contiguous(), torch.finfo(dtype).eps)
+    climb.run(report)
+    found = _distinct(climb, 10 * max(1.0, float(u.std(0, correction=0).max())))
+    modes = Modes(len(starts), *found, dtype)
+    modes = replace(modes, points=loc + modes.points @ scale_tril.mT, scale_trils=scale_tril @ modes.scale_trils)
+    return modes if known is None else _merged(known, modes)
 
 
-def _maximise(log_joint: LogJoint, start: Tensor, num_steps: int = 100) -> tuple[Tensor, Tensor]:
-    """
-    Climbs from each point by BFGS with a backtracking line search.
-
-    :returns: the points reached, with shape ``(count, d)``, and the log densities there.
-    """
-    count, d = start.shape
-    x, (value, gradient) = start.clone(), log_joint.gradient(start)
-    inverse = torch.eye(d).to(x) / gradient.norm(dim=-1).clamp(min=1.0).view(count, 1, 1)
-    active = torch.arange(count)[value.isfinite()]
-    for step in range(num_steps):
-        direction = (inverse[active] @ gradient[active].unsqueeze(-1)).squeeze(-1)
-        slope = (direction * gradient[active]).sum(-1)
-        climbing = slope > 1e-9  # twice the increase that a quadratic model predicts
-        active, direction, slope = active[climbing], direction[climbing], slope[climbing]
-        if not len(active):
-            break
-        new_x, new_value, new_gradient = x.clone(), value.clone(), gradient.clone()
-        size, left = 1.0, torch.arange(len(active))
-        for _ in range(12):
-            index = active[left]
-            trial = x[index] + size * direction[left]
-            trial_value, trial_gradient = log_joint.gradient(trial)
-            good = trial_value >= value[index] + 1e-4 * size * slope[left]
-            new_x[index[good]], new_value[index[good]] = trial[good], trial_value[good]
-            new_gradient[index[good]] = trial_gradient[good]
-            left, size = left[~good], size / 3
-            if not len(left):
-                break
-        moved = torch.ones(len(active), dtype=torch.bool)
-        moved[left] = False
-        active = active[moved]
-        dx, dg = (new_x - x)[active], (gradient - new_gradient)[active]
-        x, value, gradient = new_x, new_value, new_gradient
-        _update(inverse, active, dx, dg, first=step == 0)
-    return x, value
-
-
-def _update(inverse: Tensor, active: Tensor, dx: Tensor, dg: Tensor, first: bool) -> None:
-    """Updates, in place, inverse Hessians of the negative log density by BFGS, where it is convex along the step."""
-    curvature = (dx * dg).sum(-1)
-    convex = curvature > 1e-12 * dx.norm(dim=-1) * dg.norm(dim=-1)
-    active, dx, dg, curvature = active[convex], dx[convex], dg[convex], curvature[convex]
-    if first:
-        scale = curvature / dg.square().sum(-1)
-        inverse[active] = torch.eye(dx.shape[-1]).to(dx) * scale.view(-1, 1, 1)
-    old, rho = inverse[active], 1 / curvature.view(-1, 1, 1)
-    image = old @ dg.unsqueeze(-1)
-    cross = image @ dx.unsqueeze(-2) * rho
-    outer = dx.unsqueeze(-1) * dx.unsqueeze(-2) * rho
-    inverse[active] = old - cross - cross.mT + outer * (1 + rho * (dg.unsqueeze(-2) @ image))
-
-
-def _modes(log_joint: LogJoint, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct local maxima, highest first, with shape ``(k, d)``; the log densities there, and the precisions."""
-    x, value = _maximise(log_joint, starts)
-    order = value.argsort(descending=True)
-    order = order[value[order].isfinite()]
-    x, value = x[order], value[order]
-    precision, (_, gradient) = log_joint.precision(x), log_joint.gradient(x)
-    # Along a ridge there is no mode: there the standard deviation would exceed the distances of the starts.
-    flat = 1 / (10 * starts.std(0).max()).square()
-    eigenvalues = torch.linalg.eigvalsh(precision.nan_to_num())
-    proper = eigenvalues[:, 0] > (log_joint.eps * eigenvalues.shape[-1] * eigenvalues[:, -1]).clamp(min=flat)
-    x, value, precision, gradient = x[proper], value[proper], precision[proper], gradient[proper]
-    decrement = (torch.linalg.solve(precision, gradient) * gradient).sum(-1)
-    distinct: list[int] = []
-    for i in range(len(x)):
-        offset = x[i] - x[distinct]
-        squared = torch.einsum("ki,kij,kj->k", offset, precision[distinct], offset)
-        if decrement[i] < 0.05 and bool((squared > 1.0).all()):
-            distinct.append(i)
-    return x[distinct], value[distinct], precision[distinct]
-
-
-def _starts(log_joint: LogJoint, draws: Tensor, weights: Tensor, restarts: int) -> Tensor:
-    """Start points: draws from the prior, points around the guide that are up to 30 times as wide, and its draws."""
-    own = draws[torch.multinomial(weights, _GUIDE_STARTS, replacement=True)]
-    wide = torch.empty(restarts, 1).to(draws).uniform_(0.0, math.log(30.0)).exp() * torch.randn(
-        restarts, draws.shape[-1]
-    ).to(draws)
-    wide = draws.mean(0) + draws.std(0) * wide
-    try:
-        with torch.no_grad(), pyro.validation_enabled(False):
-            prior = log_joint.unconstrain((restarts + 1) // 2)
-    except NotImplementedError:  # an improper one
-        prior = draws[:0]
-    starts = torch.cat([own, prior, wide[len(prior) :]])
-    return starts[starts.isfinite().all(-1)]
-
-
-def find_missed_modes(
-    log_joint: LogJoint, samples: Mapping[str, Tensor], weights: Tensor, log_evidence: float, restarts: int
-) -> MissedModes:
-    r"""
-    Looks for modes of the posterior near which a guide has almost no draws.
-
-    Searches by BFGS start from draws of the prior, from points around the guide and from a few of its own draws. They
-    end in modes :math:`m` of the unconstrained density, with precisions P and, by Laplace's approximation, masses
-
-        :math:`\log Z_m = \log p(\mathbf{x}, m) + \tfrac{d}{2} \log 2 \pi - \tfrac{1}{2} \log \det P.`
-
-    Each draw of the guide belongs to the mode under whose Gaussian approximation its density is largest. A mode is
-    missed if its share of the posterior, :math:`Z_m / (Z + Z_m)` with the guide's evidence Z, is at least 0.01, and its
-    draws have less than a tenth of that share, counted and weighted.
-
-    An unbounded density, or one without an isolated maximum, has no mode that this search could find.
-
-    :param log_joint: the model's density.
-    :param samples: draws of the guide by site, with the shapes ``(num_samples,)`` + those of the sites.
-    :param Tensor weights: their importance weights, with shape ``(num_samples,)``, which sum to 1.
-    :param float log_evidence: the guide's estimate of the log evidence.
-    :param int restarts: how many searches to start away from the guide.
-    :raises ValueError: if the model mixes samples, allows no further plate, or has no second derivatives.
-    """
-    count = len(weights)
-    try:
-        with torch.no_grad():
-            draws = log_joint.unconstrain(count, samples)
-            usable = draws.isfinite().all(-1)
-            draws, weights = draws[usable], weights[usable]
-            if draws.shape[-1] ** 2 * (restarts + _GUIDE_STARTS) > _MAX_ELEMENTS:
-                raise ValueError(f"{restarts} matrices of {draws.shape[-1]} rows and columns would not fit in memory")
-            _check_independence(log_joint, draws[:2])
-        x, value, precision = _modes(log_joint, _starts(log_joint, draws, weights, restarts))
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"restarts must be 0 for this model, or fewer: a search for modes evaluates the log joint density, its "
-            f"gradient and its Hessian for many samples at once in a further plate, but got: {error}"
-        ) from error
-    if not len(x):
-        return MissedModes(0, [], 0.0)
-    factors = torch.linalg.cholesky(precision)
-    half_log_det = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    log_odds = value + 0.5 * x.shape[-1] * math.log(2 * math.pi) - half_log_det - log_evidence
-    density = [
-        half_log_det[k] - 0.5 * ((draws - x[k]) @ factors[k]).square().sum(-1) for k in range(len(x))
-    ]  # of the Gaussian approximations
-    nearest = torch.stack(density).argmax(0)
-    counted = torch.bincount(nearest, minlength=len(x)) / count
-    weighted = torch.zeros(len(x)).to(weights).index_add_(0, nearest, weights)
-    mass = log_odds.sigmoid()
-    # A covered mode with an expected number of five draws has none of them with a probability below 0.01.
-    missed = (mass > max(_MIN_MASS, 5 / count)) & (torch.maximum(counted, weighted) < _MIN_SHARE * mass)
-    index = missed.nonzero().squeeze(-1)
-    index = index[log_odds[index].argsort(descending=True)]
-    if not len(index):
-        return MissedModes(len(x), [], 0.0)
-    values = log_joint.constrain(x[index])
-    return MissedModes(
-        len(x),
-        [{name: value[i] for name, value in values.items()} for i in range(len(index))],
-        log_odds[index].logsumexp(0).sigmoid().item(),
+def _merged(*parts: Modes) -> Modes:
+    """The distinct ones of all modes, highest first."""
+    points, values, factors = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("points", "values", "scale_trils")
+    )
+    chosen: list[int] = []
+    for k in values.argsort(descending=True).tolist():
+        if not chosen or not _is_near(points[k], points[chosen], factors[chosen]):
+            chosen.append(k)
+    return Modes(
+        sum(part.num_starts for part in parts), points[chosen], values[chosen], factors[chosen], parts[0].dtype
     )
 
 
-def _check_independence(log_joint: LogJoint, points: Tensor) -> None:
-    together, alone = log_joint(points), torch.cat([log_joint(point) for point in points.split(1)])
-    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3, equal_nan=True):
-        raise ValueError(f"log densities of two samples are {together.tolist()} together and {alone.tolist()} alone")
+def projected(modes: Modes, index: Tensor, value_and_gradient: ValueAndGradient) -> Modes:
+    """
+    The distinct modes of some latents that do not depend on the others.
+
+    :param Modes modes: those of all latents.
+    :param Tensor index: the latents, with shape ``(m,)``.
+    :param value_and_gradient: the density of these latents alone.
+    """
+    points, factors = modes.points[:, index], modes.scale_trils[:, index][:, :, index]
+    values = value_and_gradient(points.to(modes.dtype))[0].double()
+    return _merged(replace(modes, points=points, values=values, scale_trils=factors))
+
+
+def search(density: LogDensity, gaussian: GaussianFit, report: Callable[[], bool] | None = None) -> Modes:
+    """
+    Searches for all modes of a density: from 64 points (:func:`search_starts`), and if these lead to several modes,
+    from 256 more in the box that holds those modes, and again while further ones are found.
+
+    :param LogDensity density: that of the model.
+    :param GaussianFit gaussian: a Gaussian that was fitted to it.
+    :param report: called before each step; True ends the search.
+    """
+    loc, scale_tril = gaussian.loc, gaussian.scale_tril
+    starts = search_starts(density, loc, scale_tril, _STARTS if density.batch_size > 1 else _FEW_STARTS)
+    angles = _angles(density, loc)
+    modes = _in_one_turn(find_modes(density.value_and_gradient, starts, loc, scale_tril, None, report), angles, loc)
+    for _ in range(_ROUNDS if density.batch_size > 1 else 0):
+        count = len(modes)
+        if not 2 <= count <= _MOST_MODES or (report is not None and report()):
+            break
+        widths = modes.scale_trils.square().sum(-1).sqrt().amax(0)  # standard deviations of the latents
+        low, high = modes.points.amin(0) - 2 * widths, modes.points.amax(0) + 2 * widths
+        centre, half = (low + high) / 2, 1.1 * (high - low) / 2
+        starts = centre + half * (2 * torch.rand(_MORE_STARTS, density.dim, dtype=torch.float64) - 1).to(centre)
+        modes = find_modes(density.value_and_gradient, starts.to(loc), loc, scale_tril, modes, report)
+        modes = _in_one_turn(modes, angles, loc)
+        if len(modes) == count:
+            break
+    return modes
+
+
+class _Climb:
+    """
+    Climbs from each of some points by BFGS. A step that is too long is cut to a third, while the other points go on, so
+    that each evaluation serves all of them.
+
+    :param function: the density.
+    :param Tensor start: the points.
+    :param float eps: the precision of the density.
+    """
+
+    def __init__(self, function: ValueAndGradient, start: Tensor, eps: float) -> None:
+        self.function, self.x, self.eps = function, start.clone(), eps
+        self.value, self.gradient = function(start)
+        count, d = start.shape
+        self.inverse = torch.eye(d).to(start) / self.gradient.norm(dim=-1).clamp(min=1.0).view(count, 1, 1)
+        self._unscaled = torch.ones(count, dtype=torch.bool, device=start.device)
+
+    def run(self, report: Callable[[], bool] | None) -> None:
+        """Climbs until no point gains anything, for at most 150 evaluations."""
+        active = self.value.isfinite().nonzero().squeeze(-1)
+        size = torch.ones_like(self.value)
+        direction = (self.inverse @ self.gradient.unsqueeze(-1)).squeeze(-1)
+        for _ in range(_EVALUATIONS):
+            slope = (direction * self.gradient).sum(-1)  # twice the increase that a quadratic model predicts
+            rounding = 4 * self.eps * (1 + self.value.abs())
+            active = active[(slope > 1e-9 + rounding)[active] & (size > 1e-6)[active]]
+            if not len(active) or (report is not None and report()):
+                break
+            x = self.x[active] + size[active].unsqueeze(-1) * direction[active]
+            value, gradient = self.function(x)
+            good = value >= (self.value + 1e-4 * size * slope - rounding)[active]
+            moved = active[good]
+            dx, dg = x[good] - self.x[moved], self.gradient[moved] - gradient[good]
+            self.x[moved], self.value[moved], self.gradient[moved] = x[good], value[good], gradient[good]
+            self._update(moved, dx, dg)
+            direction[moved] = (self.inverse[moved] @ self.gradient[moved].unsqueeze(-1)).squeeze(-1)
+            size[moved] = 1.0
+            size[active[~good]] /= 3
+
+    def _update(self, moved: Tensor, dx: Tensor, dg: Tensor) -> None:
+        """Updates inverse Hessians of the negative log density, where it is convex along the step."""
+        curvature = (dx * dg).sum(-1)
+        convex = curvature > 1e-12 * dx.norm(dim=-1) * dg.norm(dim=-1)
+        moved, dx, dg, curvature = moved[convex], dx[convex], dg[convex], curvature[convex].view(-1, 1, 1)
+        scale = curvature / dg.square().sum(-1).view(-1, 1, 1)
+        first = self._unscaled[moved].view(-1, 1, 1)
+        old = torch.where(first, torch.eye(dx.shape[-1]).to(dx) * scale, self.inverse[moved])
+        self._unscaled[moved] = False
+        image = old @ dg.unsqueeze(-1)
+        cross = image @ dx.unsqueeze(-2) / curvature
+        outer = dx.unsqueeze(-1) * dx.unsqueeze(-2) / curvature
+        self.inverse[moved] = old - cross - cross.mT + outer * (1 + dg.unsqueeze(-2) @ image / curvature)
+
+
+def _distinct(climb: _Climb, widest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct modes among the points of a climb, the log densities, and factors of the covariances."""
+    x, value, gradient = climb.x, climb.value, climb.gradient
+    promised = torch.einsum("ni,nij,nj->n", gradient, climb.inverse, gradient)
+    order = value.argsort(descending=True)
+    order = order[value[order].isfinite() & (promised[order] < 1.0)]
+    chosen: list[int] = []
+    factors: list[Tensor] = []
+    for i in order.tolist():
+        if chosen and _is_near(x[i], x[chosen], torch.stack(factors)):
+            continue
+        factor = _laplace_factor(climb, i, widest)
+        if factor is not None:
+            chosen.append(i)
+            factors.append(factor)
+    d = x.shape[-1]
+    return x[chosen], value[chosen], torch.stack(factors) if factors else x.new_zeros(0, d, d)
+
+
+def _is_near(x: Tensor, points: Tensor, factors: Tensor) -> bool:
+    """True if a point is less than a standard deviation from one of some modes."""
+    noises = torch.linalg.solve_triangular(factors, (x - points).unsqueeze(-1), upper=False)
+    return bool((noises.square().sum((-2, -1)) < 1.0).any())
+
+
+def _laplace_factor(climb: _Climb, i: int, widest: float) -> Tensor | None:
+    """The Cholesky factor of the inverse of the negative Hessian at a point; None if the point is no mode."""
+    x, gradient = climb.x[i], climb.gradient[i]
+    root, failed = torch.linalg.cholesky_ex(climb.inverse[i])
+    if bool(failed) or not bool(root.isfinite().all()):
+        return None
+    d, h = len(x), climb.eps**0.2  # balances truncation and rounding
+    steps = h * root.mT
+    _, gradients = climb.function(torch.cat([x + steps, x - steps]))
+    precision = (gradients[d:] - gradients[:d]) @ root / (2 * h)
+    precision = (precision + precision.mT) / 2  # in the coordinates of the root
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    if bool(failed) or not bool(factor.isfinite().all()):
+        return None
+    pulled = root.mT @ gradient
+    if torch.cholesky_solve(pulled.unsqueeze(-1), factor).squeeze(-1) @ pulled > _DECREMENT:
+        return None
+    covariance = root @ torch.cholesky_inverse(factor) @ root.mT
+    # Along a ridge there is no mode: there the standard deviation would exceed the distances of the starts.
+    if torch.linalg.eigvalsh(covariance)[-1] > widest**2:
+        return None
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    return None if bool(failed) else factor
+
+
+def search_starts(density: LogDensity, loc: Tensor, scale_tril: Tensor, count: int) -> Tensor:
+    """
+    Points from which to search for modes: a quarter of them draws of the prior if it has any, a quarter uniform between
+    -2 and 2, and the others around a Gaussian, up to 30 times as wide.
+
+    :param LogDensity density: that of the model, with d latents.
+    :param Tensor loc: the Gaussian's mean, with shape ``(d,)``.
+    :param Tensor scale_tril: its Cholesky factor, with shape ``(d, d)``.
+    :param int count: the number of points.
+    :return: with shape ``(count, d)``.
+    """
+    like = density.start
+    prior = density.model.prior(count // 4).to(like)
+    uniform = _RADIUS * (2 * torch.rand(count // 4, density.dim).to(like) - 1)
+    left = count - len(prior) - len(uniform)
+    width = (math.log(_WIDEST) * torch.rand(left, 1)).exp().to(like)
+    return torch.cat([prior, uniform, loc + width * torch.randn(left, density.dim).to(like) @ scale_tril.mT])
+
+
+def search_around(density: LogDensity, samples: Mapping[str, Tensor], weights: Tensor, restarts: int) -> Modes:
+    """
+    Searches for modes from :func:`search_starts` around the draws of a guide, and from a few of these.
+
+    :param LogDensity density: that of the model.
+    :param samples: draws of the guide by site, with the shapes ``(num_samples,)`` + those of the sites.
+    :param Tensor weights: their importance weights, with shape ``(num_samples,)``, which sum to 1.
+    :param int restarts: how many searches to start away from the guide.
+    :raises ValueError: for searches that would not fit in memory.
+    """
+    if density.dim**2 * (restarts + _GUIDE_STARTS) > _MAX_ELEMENTS:
+        raise ValueError(
+            f"restarts must be fewer than {restarts} for {density.dim} latents, as a matrix of that size for each of "
+            "them would not fit in memory"
+        )
+    draws = density.unconstrain(samples).to("cpu", torch.float64)
+    usable = draws.isfinite().all(-1)
+    own = draws[usable][torch.multinomial(weights[usable], _GUIDE_STARTS, replacement=True)].to(density.start)
+    loc, scale_tril = (each.to(density.start) for each in _moments(draws[usable]))
+    starts = torch.cat([own, search_starts(density, loc, scale_tril, restarts)])
+    modes = find_modes(density.value_and_gradient, starts, loc, scale_tril)
+    return _in_one_turn(modes, _angles(density, loc), loc)
+
+
+@torch.no_grad()
+def _angles(density: LogDensity, point: Tensor) -> Tensor:
+    """The latents in which the density repeats itself after a full turn, as with a von Mises prior; True or False."""
+    turns = math.pi * torch.cat([torch.eye(density.dim), 2 * torch.eye(density.dim)]).to(point)
+    value, half, full = density(torch.cat([point.unsqueeze(0), point + turns])).split([1, density.dim, density.dim])
+    tolerance = 1e3 * torch.finfo(value.dtype).eps * (1 + value.abs())
+    return ((full - value).abs() < tolerance) & ((half - value).abs() > tolerance)
+
+
+def _in_one_turn(modes: Modes, angles: Tensor, loc: Tensor) -> Modes:
+    """The distinct modes within half a turn of a location."""
+    if not bool(angles.any()):
+        return modes
+    offset = modes.points - loc
+    turned = torch.where(angles, torch.remainder(offset + math.pi, 2 * math.pi) - math.pi, offset)
+    return _merged(replace(modes, points=loc + turned))
+
+
+def _moments(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and Cholesky factor of the covariance of draws; a diagonal one if there are too few for it."""
+    factor, failed = torch.linalg.cholesky_ex(draws.mT.cov().reshape(draws.shape[-1], -1))
+    if bool(failed) or not bool(factor.isfinite().all()):
+        factor = draws.std(0).clamp(min=1e-6).diag()
+    return draws.mean(0), factor
+
+
+def judge_modes(
+    density: LogDensity,
+    modes: Modes,
+    samples: Mapping[str, Tensor],
+    weights: Tensor,
+    log_evidence: float,
+    log_q: Callable[[Tensor], Tensor] | None = None,
+) -> list[Mode]:
+    r"""
+    Describes modes beside a guide, that of the largest mass first.
+
+    Modes :math:`m` have, by Laplace's approximation, masses
+    :math:`\log Z_m = \log p(\mathbf{x}, m) + \tfrac{d}{2} \log 2 \pi + \log \det L_m`. Each draw of the guide belongs
+    to the mode under whose Gaussian its density is largest. A mode is missed if its share of the posterior,
+    :math:`Z_m / (Z + Z_m)` with the guide's evidence Z, is at least 0.01, and its draws have less than a tenth of that
+    share, counted and weighted. Smaller modes are missed if all of them together are. Laplace's approximation is too
+    large along a curved ridge: no mode is missed at which the guide has a density above
+    :math:`p(\mathbf{x}, m) / (10 Z)`. An unbounded density, or one without an isolated maximum, has no mode to miss.
+
+    :param LogDensity density: that of the model.
+    :param Modes modes: those that were found.
+    :param samples: draws of the guide by site, with the shapes ``(num_samples,)`` + those of the sites.
+    :param Tensor weights: their importance weights, with shape ``(num_samples,)``, which sum to 1.
+    :param float log_evidence: the guide's estimate of the log evidence.
+    :param log_q: the guide's log density of unconstrained latents, if it is known.
+    """
+    if not len(modes):
+        return []
+    draws, count = density.unconstrain(samples).to("cpu", torch.float64), len(weights)
+    usable = draws.isfinite().all(-1)
+    mass = (modes.log_masses - log_evidence).sigmoid()
+    nearest = modes.densities(draws[usable]).argmax(-1)
+    counted = torch.bincount(nearest, minlength=len(modes)) / count
+    weighted = torch.zeros(len(modes)).to(weights).index_add_(0, nearest, weights[usable])
+    few = torch.maximum(counted, weighted) < _MIN_SHARE * mass
+    # A covered mode with an expected number of five draws has none of them with a probability below 0.01. Modes that
+    # are smaller count together.
+    large = mass > max(_MIN_MASS, 5 / count)
+    odds = (mass / (1 - mass))[~large].sum()
+    share = max(counted[~large].sum(), weighted[~large].sum())
+    missed = few & (large | bool((odds > _MIN_MASS) & (share < _MIN_SHARE * odds / (1 + odds))))
+    points = modes.points.to(density.start)
+    if log_q is not None and bool(missed.any()):
+        with torch.no_grad():
+            ratio = modes.values - log_evidence - log_q(points).cpu()
+        missed = missed & ~(ratio < -math.log(_MIN_SHARE))
+    values = density.constrain(points)
+    return [
+        Mode(
+            {name: value[k].cpu() for name, value in values.items()},
+            weighted[k].item(),
+            mass[k].item(),
+            bool(missed[k]),
+        )
+        for k in mass.argsort(descending=True).tolist()
+    ]
