@@ -11,7 +11,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,15 @@ from pyro_hollow.infer.autoguide import AutoHollowCNF
 from pyro_hollow.infer.diagnostics import GuideDiagnostics, Pair, describe, diagnose
 from pyro_hollow.infer.elbo import DensityELBO, InclusiveKL, PathELBO, supports
 from pyro_hollow.infer.gaussian import GaussianFit, fit_gaussian
-from pyro_hollow.infer.graph import sparse_conditioner
+from pyro_hollow.infer.gaussian_mixture import GaussianMixture
+from pyro_hollow.infer.graph import independent_groups, sparse_conditioner
 from pyro_hollow.infer.guide_posterior import spread_normal
 from pyro_hollow.infer.importance import smooth
 from pyro_hollow.infer.inference_data import import_arviz
 from pyro_hollow.infer.log_density import LogDensity
+from pyro_hollow.infer.mixture import are_apart, fit_mixture, fit_mixtures, has_several, max_components
 from pyro_hollow.infer.model_density import is_marked
+from pyro_hollow.infer.modes import Mode, Modes, judge_modes, search, search_around
 from pyro_hollow.infer.particles import MixedParticles
 from pyro_hollow.infer.report import draw, page
 from pyro_hollow.infer.saving import check_latents, latents, parameters, restore_parameters, traced, write
@@ -52,8 +55,10 @@ _PARTICLES = {"plate": "particles in a plate", "vmap": "particles by vmap", "one
 _RATE = 0.01
 _INITIAL_SCALE = 0.1
 _UNIFORM_STARTS = 8
-_TWO_STARTS = 64  # the most latents for which two Gaussians are fitted: one may end in a mode of little mass
+# The most latents for which a search for modes is worth its time, and, where that finds none, a second Gaussian.
+_SEARCHED, _TWO_STARTS = 256, 64
 _GAUSSIAN_TIME = 0.5  # of a time limit, at most, as the flow gains more in what is left
+_RESTARTS = 64  # of the search for modes around other guides than the default one
 _MAX_RATE = 8.0  # e^8 is the most by which the flow changes a scale: the necks of hierarchical models are narrow
 _MAX_STEPS = 4000
 _NUM_SAMPLES = 4000  # that are weighed
@@ -77,6 +82,7 @@ def fit(
     seed: int | None = None,
     compile: bool | str = "auto",
     time_limit: float | None = None,
+    modes: bool | str = "auto",
     progress: bool = True,
     **kwargs: Any,
 ) -> Fit:
@@ -89,21 +95,26 @@ def fit(
         print(result)  # the verdict first
         arviz.summary(result.posterior)
 
-    A Gaussian over all latents is fitted first, by natural gradients from the best of a few moderate points
-    (:func:`~pyro_hollow.infer.gaussian.fit_gaussian`); up to 64 latents from the best two, of which the one with the
-    higher ELBO is kept. From there an :class:`AutoHollowCNF` is trained by path
-    gradients, until its ELBO no longer rises and the learning rate has fallen to zero, for at most 4,000 steps;
-    :meth:`Fit.resume` takes more. With 64 latents or more the second derivatives of the density show which of them
-    it binds together; if these are few, the flow has a :class:`~pyro_hollow.nn.GraphConditioner` on that graph, and
-    else the default one. The flow is skipped if the Gaussian is so close that it would gain nothing. While few
-    samples carry the weight, training goes on with more particles; if the k-hat is large, the tails are trained on
-    weighted samples (:class:`~pyro_hollow.infer.elbo.InclusiveKL`). The model is evaluated as a :class:`LogDensity`.
-    Steps that fail are taken back (:func:`~pyro_hollow.train.train`). In the end :func:`diagnose` computes the
-    importance weights of 4,000 draws. ``Ctrl-C`` ends the training early; the guide trained so far is diagnosed.
+    1.  A Gaussian over all latents is fitted by natural gradients from the best of a few moderate points
+        (:func:`~pyro_hollow.infer.gaussian.fit_gaussian`).
+    2.  Up to 256 latents, searches from 64 points and more look for modes
+        (:func:`~pyro_hollow.infer.modes.search`). If there are several, a mixture of Gaussians is fitted to them
+        (:func:`~pyro_hollow.infer.mixture.fit_mixture`), from which a flow need not tear a Gaussian apart. Where
+        groups of latents are independent of each other, each has a mixture of its own.
+    3.  From there an :class:`AutoHollowCNF` is trained by path gradients, until its ELBO no longer rises and the
+        learning rate has fallen to zero, for at most 4,000 steps; :meth:`Fit.resume` takes more. The flow is skipped if
+        the Gaussian or the mixture is so close that it would gain nothing. With 64 latents or more the second
+        derivatives of the density show which of them it binds together; if these are few, the flow has a
+        :class:`~pyro_hollow.nn.GraphConditioner` on that graph, and else the default one. While few samples carry the
+        weight, training goes on with more particles; if the k-hat is large, the tails are trained on weighted samples
+        (:class:`~pyro_hollow.infer.elbo.InclusiveKL`). Steps that fail are taken back
+        (:func:`~pyro_hollow.train.train`).
+    4.  :func:`diagnose` computes the importance weights of 4,000 draws, and the modes that were found are compared with
+        the draws.
 
-    ``fit`` does not search for modes in which the guide has no draws; ``diagnose(model, result.guide, *args,
-    restarts=64)`` does, if the model allows a plate of particles (see :class:`LogDensity`). Without one it is slower,
-    and gets 1,000 corrected draws in place of 4,000, as each is predicted by itself.
+    The model is evaluated as a :class:`LogDensity`. If that allows no plate of particles, it is slower, and gets 1,000
+    corrected draws in place of 4,000, as each is predicted by itself. ``Ctrl-C`` ends the training early; the guide
+    trained so far is diagnosed.
 
     :param callable model: a Pyro model with continuous latents; discrete ones must be marked for enumeration.
     :param args: positional arguments of the model.
@@ -117,6 +128,8 @@ def fit(
     :param compile: "auto" to solve the flow in compiled code if there is a C compiler, and to compile the model in the
         background once that is worthwhile; True to compile both first; False for neither.
     :param time_limit: seconds of wall time after which the training ends.
+    :param modes: "auto" to search for modes up to 256 latents, unless the data are subsampled; False for no search.
+        With a guide of your own, the search comes after the training, and only judges its draws.
     :param bool progress: False for no bar.
     :param kwargs: keyword arguments of the model; pass arguments with one of the names above by position.
     :return: the fit.
@@ -132,7 +145,9 @@ def fit(
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', but got {compile!r}")
     _check_guide(guide)
-    run = _Run(model, args, kwargs, guide, num_particles, compile)
+    if modes not in (False, "auto"):
+        raise ValueError(f"modes must be 'auto' or False, but got {modes!r}")
+    run = _Run(model, args, kwargs, guide, num_particles, compile, modes)
     return run.go(Fit(model, args, kwargs), num_steps, time_limit, seed, progress)
 
 
@@ -185,6 +200,8 @@ class Fit:
     :ivar reasons: notes in words: why no faster way was possible, why no draws were weighed, and the like.
     :ivar int num_particles: the number of samples of the guide in each step.
     :ivar compile: the argument of :func:`fit`.
+    :ivar search_modes: the argument ``modes`` of :func:`fit`.
+    :ivar Modes search: the modes that were found, in the unconstrained space; None without a search.
     """
 
     model: Callable[..., Any]
@@ -200,6 +217,21 @@ class Fit:
     reasons: list[str] = field(default_factory=list)
     num_particles: int | None = None
     compile: bool | str = "auto"
+    search_modes: bool | str = "auto"
+    search: Modes | None = None
+
+    @property
+    def trusted(self) -> bool:
+        """
+        True if the corrected draws can be trusted: light enough weights, and none of the modes that were found is
+        missed. False without diagnostics.
+        """
+        return self.diagnostics is not None and self.diagnostics.reliable
+
+    @property
+    def modes(self) -> list[Mode]:
+        """The modes that were found, largest first; see :class:`~pyro_hollow.infer.modes.Mode`."""
+        return [] if self.diagnostics is None else self.diagnostics.modes
 
     @property
     def elbo(self) -> float:
@@ -281,7 +313,7 @@ class Fit:
         """
         _check_counts(num_steps=num_steps)
         _check_limits(time_limit, seed)
-        run = _Run(self.model, self.args, self.kwargs, self.guide, self.num_particles, self.compile)
+        run = _Run(self.model, self.args, self.kwargs, self.guide, self.num_particles, self.compile, self.search_modes)
         return run.go(self, num_steps, time_limit, seed, progress)
 
     def save(self, path: str | Path) -> None:
@@ -348,8 +380,10 @@ class _Run:
         guide: Any,
         num_particles: int | None,
         compile: bool | str,
+        modes: bool | str,
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
+        self.modes = modes
         self.guide, self.num_particles, self.compile = guide, num_particles, compile
         self.begin = time.perf_counter()
         self.deadline: float | None = None
@@ -371,6 +405,7 @@ class _Run:
             else:
                 result.reasons.append("Ctrl-C ended the fit of the Gaussian")
             result.diagnostics = self._judge(result, objective)
+            self._judge_modes(result, objective)
         self._tell(result)
         result.seconds += time.perf_counter() - self.begin
         return result
@@ -464,7 +499,8 @@ class _Run:
             self.num_particles = batch if batch > 1 else _NUM_PARTICLES
         if density is not None and result.training is not None:  # the start alone may not show that particles mix
             self._agrees(density, DensityELBO(self.guide, density, 1, *self.args, **self.kwargs))
-        result.guide, result.num_particles, result.compile = self.guide, self.num_particles, self.compile
+        result.guide, result.num_particles = self.guide, self.num_particles
+        result.compile, result.search_modes = self.compile, self.modes
         if density is None:
             reasons.append(f"{type(self.guide).__name__} is sampled by Pyro's handlers, and so is the model")
             estimator = TraceEnum_ELBO if self._marked() else Trace_ELBO
@@ -472,8 +508,12 @@ class _Run:
             return ELBO(self.model, self.guide, *self.args, loss=loss, **self.kwargs)
         path = isinstance(self.guide, AutoHollowCNF) and not density.parameters
         if path and self.guide.is_fresh():
-            result.gaussian = self._start(density)
-            self.guide.set_affine(result.gaussian.loc, result.gaussian.scale_tril)
+            mixture = self._start(density, result)
+            assert result.gaussian is not None
+            if mixture is None:
+                self.guide.set_affine(result.gaussian.loc, result.gaussian.scale_tril)
+            else:
+                self.guide.set_mixture(mixture)
             self.guide.progress[0] = max(1, self.guide._warm_up)
         objective = PathELBO if path else DensityELBO
         return objective(self.guide, density, self.num_particles, *self.args, **self.kwargs)
@@ -527,8 +567,51 @@ class _Run:
         trained += [] if isinstance(objective, InclusiveKL) else objective.log_density.parameters.values()
         return trained
 
-    def _start(self, density: LogDensity) -> GaussianFit:
-        """The better of two Gaussians, fitted from the two best of a few moderate points; or one for many latents."""
+    def _start(self, density: LogDensity, result: Fit) -> GaussianMixture | None:
+        """Fits a Gaussian, and a mixture of them if the density has several modes."""
+        points = self._start_points(density)
+        best = result.gaussian = self._gaussian(density, points[0])
+        if best.interrupted or self._gaussian_is_over():
+            return None
+        if self._searches(density):
+            found = result.search = search(density, best, self._gaussian_is_over)
+            if len(found):
+                return self._around(density, found, result)
+        if density.dim <= _TWO_STARTS and len(points) > 1:
+            result.gaussian = max(best, self._gaussian(density, points[1]), key=_finite_elbo)
+        return None
+
+    def _searches(self, density: LogDensity) -> bool:
+        return bool(self.modes) and not density.subsamples and density.dim <= _SEARCHED
+
+    def _around(self, density: LogDensity, modes: Modes, result: Fit) -> GaussianMixture | None:
+        """The mixture for some modes; None if a single Gaussian is enough."""
+        best = result.gaussian
+        assert best is not None
+        if len(modes) == 1:
+            other = self._gaussian(density, modes.points[0].to(best.loc), modes.scale_trils[0].to(best.loc))
+            if not are_apart(best, other):
+                result.gaussian = max(best, other, key=_finite_elbo)
+                return None
+        function, over = density.value_and_gradient, self._gaussian_is_over
+        groups = independent_groups(density) if len(modes) > max_components(density.dim) else []
+        if len(groups) > 1:
+            return fit_mixtures(function, modes, groups, over)
+        mixture = fit_mixture(function, modes, best, over)
+        if has_several(mixture):
+            return mixture
+        largest = int(mixture.log_weights.argmax())
+        other = self._gaussian(density, mixture.locs[largest], mixture.scale_trils[largest])
+        result.gaussian = max(best, other, key=_finite_elbo)
+        return None
+
+    def _gaussian(self, density: LogDensity, point: Tensor, scale_tril: Tensor | None = None) -> GaussianFit:
+        scale_tril = _INITIAL_SCALE * torch.eye(density.dim).to(point) if scale_tril is None else scale_tril
+        report = self._gaussian_is_over
+        return fit_gaussian(density.value_and_gradient, GaussianFit(point, scale_tril), report=report)
+
+    def _start_points(self, density: LogDensity) -> list[Tensor]:
+        """A few moderate points, in the order of the densities around them."""
         dim, like = density.dim, density.start
         points = [like, 0.5 * like, torch.zeros_like(like)]
         points += [4 * torch.rand(dim).to(like) - 2 for _ in range(_UNIFORM_STARTS)]
@@ -547,14 +630,7 @@ class _Run:
                 f"the log joint density of the model is finite around none of {len(points)} starts (at {count} of them "
                 f"{fault}); look at the priors and data there, or give a guide with an init_loc_fn"
             )
-        scored.sort(key=lambda each: each[:2], reverse=True)
-        fitted: list[GaussianFit] = []
-        for *_, point in scored[: 2 if dim <= _TWO_STARTS else 1]:
-            if fitted and (fitted[0].interrupted or self._gaussian_is_over()):
-                break
-            start = GaussianFit(point, _INITIAL_SCALE * torch.eye(dim).to(like))
-            fitted.append(fit_gaussian(density.value_and_gradient, start, report=self._gaussian_is_over))
-        return max(fitted, key=lambda each: each.elbo if math.isfinite(each.elbo) else -math.inf)
+        return [point for *_, point in sorted(scored, key=lambda each: each[:2], reverse=True)]
 
     def _gaussian_is_over(self, *_: object) -> bool:
         return self._time_is_over(_GAUSSIAN_TIME)
@@ -592,6 +668,19 @@ class _Run:
             result.reasons.append(f"no draws were weighed ({line})")
             warnings.warn(f"fit has no diagnostics, as diagnose failed: {line}", stacklevel=4)
         return None
+
+    def _judge_modes(self, result: Fit, objective: Any) -> None:
+        """Looks for modes without draws, if there are draws."""
+        found, density = result.diagnostics, self.log_density
+        if found is None or density is None or not self._searches(density):
+            return
+        group = found.posterior["guide"]
+        samples = {name: torch.as_tensor(group[name].values)[0] for name in density.sites}
+        if result.search is None:
+            result.search = search_around(density, samples, found.weights, _RESTARTS)
+        log_q = objective.posterior().log_prob
+        modes = judge_modes(density, result.search, samples, found.weights, found.iw_bound, log_q)
+        result.diagnostics = replace(found, restarts=result.search.num_starts, modes=modes)
 
     def _excuse(self, result: Fit, density: LogDensity, error: Exception) -> None:
         """Says why draws are weighed by the density after an error of the model at one of them."""
@@ -659,6 +748,10 @@ def _first_line(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     told = lines[0].startswith("Error while computing log_prob") and len(lines) > 1
     return f"{lines[0]} {lines[1]}" if told else lines[0]
+
+
+def _finite_elbo(fitted: GaussianFit) -> float:
+    return fitted.elbo if math.isfinite(fitted.elbo) else -math.inf
 
 
 class _Weights:

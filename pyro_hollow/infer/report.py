@@ -23,6 +23,7 @@ from .importance import limits
 __all__ = ["draw", "page"]
 
 _ROWS, _WIDTH = 20, 100  # of the table of latents, and of paragraphs
+_MODES = 8  # whose weights are shown
 _PANELS = 4  # marginals in the figure
 _STOPPED = {"max_steps": "the limit of steps; resume() goes on", "interrupted": "Ctrl-C"}
 _PRIOR_DRAWS = 4000
@@ -80,10 +81,18 @@ def _verdict(fit: Any) -> str:
             f"NOT RELIABLE: neither the guide nor its corrected draws can be trusted, as "
             f"{'; and '.join(found.faults)}. fit.resume() trains on; NUTS runs on LogDensity(model, ...).potential."
         )
-    return (
-        "RELIABLE: the corrected draws can be trusted where the guide has draws. Modes without draws were not looked "
-        "for: diagnose(model, fit.guide, ..., restarts=64) does."
+    if found.num_modes:
+        plural = "modes, all" if found.num_modes > 1 else "mode,"
+        return (
+            f"RELIABLE: the corrected draws can be trusted. Searches from {found.restarts:,} points found "
+            f"{found.num_modes:,} {plural} with draws."
+        )
+    searched = (
+        f"Searches from {found.restarts:,} points found no mode at all, and say nothing of those without any."
+        if found.restarts
+        else "Modes without any were not looked for: diagnose(model, fit.guide, ..., restarts=64) does."
     )
+    return f"RELIABLE: the corrected draws can be trusted where the guide has draws. {searched}"
 
 
 def _findings(fit: Any) -> list[tuple[str, str]]:
@@ -100,6 +109,11 @@ def _findings(fit: Any) -> list[tuple[str, str]]:
         rows.append(("draws", f"{found.num_samples:,}, worth {found.ess:,.0f} independent ones (ESS)"))
         if found.impossible:
             rows.append(("", f"{found.impossible:.1%} of them are impossible under the model"))
+        if found.num_modes > 1:
+            largest = sorted((mode.weight for mode in found.modes), reverse=True)
+            shares = ", ".join(f"{weight:.0%}" for weight in largest[:_MODES])
+            more = ", ..." if len(largest) > _MODES else ""
+            rows.append(("modes", f"{found.num_modes:,}, with {shares}{more} of the weight of the draws"))
         rows.append(("ELBO", f"{found.elbo:.3f} +- {found.elbo_error:.3f}"))
         rows.append(("log evidence", f"{found.iw_bound:.3f} +- {found.iw_bound_error:.3f} (importance-weighted bound)"))
     rows.append(("training", f"{_training(fit)}, {fit.seconds:.1f} s"))
