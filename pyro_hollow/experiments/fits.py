@@ -181,21 +181,23 @@ def failures(results: Sequence[Result]) -> list[str]:
     return [f"{r.config.posterior}, {r.config.guide}, seed {r.config.seed}: {r.failure}" for r in results if r.failure]
 
 
-def make_parser(file: str, doc: str | None, names: Sequence[str], data: str) -> Parser:
+def make_parser(file: str, doc: str | None, names: Sequence[str], data: str, methods: Sequence[str] = ()) -> Parser:
     """
     The command line of an experiment with fits.
 
     :param str file: the experiment's ``__file__``.
     :param doc: its docstring.
     :param names: the models.
-    :param str data: help on the folder with data.
+    :param str data: help on the folder with data; "" for none.
+    :param methods: the names of others than guides.
     """
     parser = Parser(file, doc, needs=("arviz",))
     add = parser.add_argument
     add("--models", nargs="+", choices=names, default=list(names), help="default: all")
-    add("--guides", nargs="+", choices=GUIDES, default=["fit"], help="default: fit")
+    add("--guides", nargs="+", choices=[*GUIDES, *methods], default=["fit"], help="default: fit")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--time-limit", type=positive_real, default=300.0, help="seconds of a training at most (default: 300)")
-    add("--data-dir", type=Path, help=data)
+    if data:
+        add("--data-dir", type=Path, help=data)
     parser.add_kept(f"results/{Path(file).stem}")
     return parser
