@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from pyro.infer import autoguide
 
@@ -95,6 +96,7 @@ def run(
     found = kept(path, Result, force)
     if found is not None:
         return found
+    pyro.clear_param_store()  # or guides of Pyro would take the parameters of an earlier run
     result, begin = Result(config), time.process_time()
     try:
         guide, limit = GUIDES[config.guide](model), config.time_limit

@@ -30,7 +30,8 @@ _WINDOW = 50  # steps over which the spread of log weights is averaged
 _STRETCHED = 0.25
 _LARGEST_FACTOR = 3.0
 _LEAST_GAIN = 0.02  # nats that are worth further steps
-# A flow that is not close, in nats, gains little in many steps, but all in all much: it gets so many at least.
+# While a flow is further than this from the posterior, in nats, it gains little in each step, but much in all: its rate
+# falls after so many steps at the earliest.
 _CLOSE, _FEWEST_STEPS = 0.03, 800
 # Of InclusiveKL: how many samples, those of a batch, the calls for which they serve, and which of them are stretched.
 _SAMPLES, _BATCH_SIZE, _REDRAWN = 6000, 128, 60
@@ -131,6 +132,8 @@ class PathELBO(DensityELBO):
     Far out the gradient of a model may have any size: each particle's gradient is clipped to the norm of its score, in
     the coordinates of the affine map.
 
+    :ivar int num_calls: the number of steps that the flow has been trained for.
+
     :param guide: an AutoHollowCNF that is set up.
     :param LogDensity log_density: that of the model.
     :param int num_particles: the number of particles.
@@ -147,7 +150,7 @@ class PathELBO(DensityELBO):
         self, guide: AutoHollowCNF, log_density: LogDensity, num_particles: int, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(guide, log_density, num_particles, *args, **kwargs)
-        self._calls = 0
+        self.num_calls = 0
         base = guide.get_base_dist()
         self._mixture = base if isinstance(base, GaussianMixture) else None
         flows: Any = guide.flows
@@ -160,7 +163,7 @@ class PathELBO(DensityELBO):
 
     def __call__(self) -> Tensor:
         """Evaluates the negative ELBO of new particles, and adds its gradient to those of the parameters."""
-        self._calls += 1
+        self.num_calls += 1
         y, near, log_q, score = self._base_sample()
         parts: Any = self.guide.get_transform().parts  # type: ignore[attr-defined]
         *transforms, affine = parts
@@ -188,7 +191,7 @@ class PathELBO(DensityELBO):
 
     def threshold(self) -> float:
         """See :meth:`DensityELBO.threshold`; minus infinity in the first steps of a flow that is not close."""
-        early = self._calls < _FEWEST_STEPS and self.divergence() > _CLOSE
+        early = self.num_calls < _FEWEST_STEPS and self.divergence() > _CLOSE
         return -math.inf if early else super().threshold()
 
     def _base_sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

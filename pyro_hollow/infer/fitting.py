@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from pyro_hollow.infer.diagnostics import GuideDiagnostics, Pair, describe, diag
 from pyro_hollow.infer.elbo import DensityELBO, InclusiveKL, PathELBO, supports
 from pyro_hollow.infer.gaussian import GaussianFit, fit_gaussian
 from pyro_hollow.infer.gaussian_mixture import GaussianMixture
-from pyro_hollow.infer.graph import independent_groups, sparse_conditioner
+from pyro_hollow.infer.graph import MANY, independent_groups, sparse_conditioner
 from pyro_hollow.infer.guide_posterior import spread_normal
 from pyro_hollow.infer.importance import smooth
 from pyro_hollow.infer.inference_data import import_arviz
@@ -57,7 +58,8 @@ _INITIAL_SCALE = 0.1
 _UNIFORM_STARTS = 8
 # The most latents for which a search for modes is worth its time, and, where that finds none, a second Gaussian.
 _SEARCHED, _TWO_STARTS = 256, 64
-_GAUSSIAN_TIME = 0.5  # of a time limit, at most, as the flow gains more in what is left
+# Shares of a time limit, at most, as the flow gains more in what is left.
+_GAUSSIAN_TIME, _GRAPH_TIME = 0.5, 0.1
 _RESTARTS = 64  # of the search for modes around other guides than the default one
 _MAX_RATE = 8.0  # e^8 is the most by which the flow changes a scale: the necks of hierarchical models are narrow
 _MAX_STEPS = 4000
@@ -127,7 +129,8 @@ def fit(
         and advance the global state.
     :param compile: "auto" to solve the flow in compiled code if there is a C compiler, and to compile the model in the
         background once that is worthwhile; True to compile both first; False for neither.
-    :param time_limit: seconds of wall time after which the training ends.
+    :param time_limit: seconds of wall time after which the training ends. What comes after it is not limited: weighing
+        4,000 draws takes as long as a few dozen steps.
     :param modes: "auto" to search for modes up to 256 latents, unless the data are subsampled; False for no search.
         With a guide of your own, the search comes after the training, and only judges its draws.
     :param bool progress: False for no bar.
@@ -265,12 +268,12 @@ class Fit:
         """
         Corrected draws for ArviZ; see :class:`GuideDiagnostics`.
 
-        :raises ValueError: for a model that subsamples its data.
+        :raises ValueError: without diagnostics.
         """
         if self.diagnostics is None:
             raise ValueError(
-                "there are no corrected draws for a model that subsamples its data; call diagnose(model, fit.guide, "
-                "...) with all the data"
+                f"there are no corrected draws: {'; '.join(self.reasons) or 'the fit was not judged'}; call "
+                "diagnose(model, fit.guide, ...) with all the data"
             )
         return self.diagnostics.posterior
 
@@ -466,7 +469,9 @@ class _Run:
         if not trained:
             raise ValueError(f"guide {type(self.guide).__name__} has no parameters to train: judge it by diagnose")
         left = None if self.deadline is None else max(self.deadline - time.perf_counter(), 1e-3)
-        threshold = objective.threshold if isinstance(objective, DensityELBO) else None
+        threshold = None
+        if isinstance(objective, DensityELBO):  # a number of steps is not to be prolonged
+            threshold = objective.threshold if num_steps is None else partial(DensityELBO.threshold, objective)
         try:
             return train(
                 objective, trained, num_steps=num_steps, lr=rate, schedule=schedule,
@@ -515,24 +520,32 @@ class _Run:
             else:
                 self.guide.set_mixture(mixture)
             self.guide.progress[0] = max(1, self.guide._warm_up)
-        objective = PathELBO if path else DensityELBO
-        return objective(self.guide, density, self.num_particles, *self.args, **self.kwargs)
+        if not path:
+            return DensityELBO(self.guide, density, self.num_particles, *self.args, **self.kwargs)
+        objective = PathELBO(self.guide, density, self.num_particles, *self.args, **self.kwargs)
+        objective.num_calls = 0 if result.training is None else result.training.num_steps
+        return objective
 
     def _shares_latents(self, density: LogDensity) -> bool:
-        """Tells that the flat latents of the guide are those of the density, in the same order."""
+        """True if the flat latents of the guide are those of the density, in the same order."""
         names = [name for name, _ in self.guide.prototype_trace.iter_stochastic_nodes()]
         masked = density.masks and not isinstance(self.guide, AutoHollowCNF)
         return names == density.sites and not masked
 
     def _marked(self) -> bool:
-        """Tells that the model has sites that are enumerated."""
+        """True if the model has sites that are enumerated."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             trace = poutine.block(poutine.trace(self.model).get_trace)(*self.args, **self.kwargs)
         return any(map(is_marked, trace.nodes.values()))
 
     def _make_guide(self, reasons: list[str]) -> AutoHollowCNF:
         model = poutine.block(self.model, hide_fn=is_marked)
-        conditioner = None if self.log_density is None else sparse_conditioner(self.log_density)
+        density, conditioner = self.log_density, None
+        if density is not None and density.dim >= MANY and not density.subsamples:
+            limit = math.inf if self.deadline is None else self.deadline - self.begin
+            conditioner = sparse_conditioner(density, _GRAPH_TIME * limit)
+            if conditioner is None:
+                reasons.append("no sparse graph of the latents was found, so that the flow has the default conditioner")
         settings: dict[str, Any] = {}
         if conditioner is not None:
             settings = {"conditioner": conditioner, "transformer_dim": conditioner.hidden_dim // 2}
@@ -636,7 +649,7 @@ class _Run:
         return self._time_is_over(_GAUSSIAN_TIME)
 
     def _time_is_over(self, share: float = 1.0) -> bool:
-        """Tells that a share of the time limit is over."""
+        """True if a share of the time limit is over."""
         if self.deadline is None:
             return False
         return time.perf_counter() - self.begin > share * (self.deadline - self.begin)
@@ -655,7 +668,7 @@ class _Run:
             if density is None or density.particles == "plate":
                 try:
                     return diagnose(self.model, self.guide, *self.args, **self.kwargs)
-                except (ArithmeticError, RuntimeError, ValueError) as error:
+                except Exception as error:
                     if density is None:
                         raise
                     self._excuse(result, density, error)
@@ -663,7 +676,7 @@ class _Run:
                 return self._weigh(objective, density)
         except KeyboardInterrupt:
             result.reasons.append("no draws were weighed, as Ctrl-C was pressed")
-        except (ArithmeticError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever a model raises at a draw: the training must not be lost
             line = _first_line(error)
             result.reasons.append(f"no draws were weighed ({line})")
             warnings.warn(f"fit has no diagnostics, as diagnose failed: {line}", stacklevel=4)

@@ -31,7 +31,7 @@ _POINTS = 3  # at which the joint density is differentiated
 _ROWS = 64  # of the second derivatives that are taken together
 _SPREAD = 0.1  # of the points that a start is chosen by, as in AutoHollowCNF
 # Fewer latents gain little from a conditioner on a graph, and those that see a larger share of the others nothing.
-_MANY, _SEEN_SHARE = 64, 0.5
+MANY, _SEEN_SHARE = 64, 0.5
 _PATIENCE = 30.0  # seconds that finding a graph may take
 # As good as two layers of 32 units after as many steps, each of which takes half the time.
 _WIDTHS = [16]
@@ -103,19 +103,17 @@ def adjacency_of_trace(
     return _adjacency(log_joint, torch.cat([latent.reshape(-1) for latent in latents.values()]))
 
 
-def sparse_conditioner(density: LogDensity) -> GraphConditioner | None:
+def sparse_conditioner(density: LogDensity, patience: float = math.inf) -> GraphConditioner | None:
     """
-    Makes a conditioner on the graph of a model with many latents, if few others are seen by each of them.
+    Makes a conditioner on the graph of a model, if few others are seen by each of its latents.
 
-    :param LogDensity density: the density of the model.
-    :return: the conditioner. None for fewer than 64 latents, where one sees more than half of the others, where the
-        graph is unknown or takes half a minute to find, and for subsampled data, which have edges of their own.
+    :param LogDensity density: the density of the model, without subsampled data, which have edges of their own.
+    :param float patience: seconds that finding the graph may take, half a minute at most.
+    :return: the conditioner. None where a latent sees more than half of the others, and where the graph is unknown.
     """
-    if density.dim < _MANY or density.subsamples:
-        return None
     try:
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            adjacency = _adjacency(density.model.of_one, density.start, _PATIENCE)
+            adjacency = _adjacency(density.model.of_one, density.start, min(_PATIENCE, patience))
     except ValueError:
         return None
     # The largest number seen is that of neighbours at least, and a hub costs as much as all others.

@@ -440,7 +440,8 @@ class LogDensity:
 
     def separate(self, reason: str) -> None:
         """
-        Evaluates particles one by one from now on, or by ``torch.vmap`` where one of them can be recorded as a graph.
+        Gives up the plate of particles: from now on they are evaluated one by one, or by ``torch.vmap`` if a particle
+        alone can be recorded as a graph.
 
         :param str reason: the reason, as a clause.
         """

@@ -80,7 +80,10 @@ class ModelDensity:
             for name, site in trace.nodes.items()
             if site["type"] == "sample" and site_is_subsample(site) and len(site["value"]) < site["fn"].size
         }
-        self.observes = any(site["type"] == "sample" and site["is_observed"] for site in trace.nodes.values())
+        self.observes = any(
+            site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic")
+            for site in trace.nodes.values()
+        )
         self.parameters = {
             name: pyro.get_param_store()._params[name] for name, site in trace.nodes.items() if site["type"] == "param"
         }

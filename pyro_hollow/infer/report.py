@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import textwrap
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -31,12 +31,16 @@ _PRIOR_DRAWS = 4000
 
 def _elements(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The draws of each element of the sites, by a name such as "theta[0]", of arrays with a dimension of draws."""
-    result = {}
+    result: dict[str, np.ndarray] = {}
     for name, each in values.items():
-        for index in np.ndindex(each.shape[1:]):
-            label = name + (f"[{', '.join(map(str, index))}]" if index else "")
-            result[label] = each[(slice(None),) + index]
+        result.update(zip(_labels(name, each.shape[1:]), each.reshape(len(each), -1).T, strict=True))
     return result
+
+
+def _labels(name: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """The names of the elements of a site."""
+    for index in np.ndindex(shape):
+        yield name + (f"[{', '.join(map(str, index))}]" if index else "")
 
 
 def _draws(fit: Any, group: str) -> dict[str, np.ndarray]:
@@ -46,7 +50,7 @@ def _draws(fit: Any, group: str) -> dict[str, np.ndarray]:
 
 
 def _latents(fit: Any) -> list[str]:
-    return list(fit.posterior["guide"].data_vars)  # which tells where there are none
+    return list(fit.posterior["guide"].data_vars)  # an error of `posterior` says why there are none
 
 
 def page(fit: Any) -> str:
@@ -140,10 +144,13 @@ def _table(fit: Any) -> list[str]:
     deterministic = [name for name in posterior.data_vars if name not in latents]
     draws = {name: posterior[name].values for name in [*latents, *deterministic]}
     draws = {name: values.reshape(-1, *values.shape[2:]).astype(float) for name, values in draws.items()}
-    quantiles = [0.05, 0.5, 0.95]
-    numbers = {n: np.stack([v.mean(0), v.std(0), *np.quantile(v, quantiles, axis=0)]) for n, v in draws.items()}
-    table = _rows(numbers, ["mean", "sd", "5 %", "median", "95 %"], deterministic)
+    table = _rows(draws, ["mean", "sd", "5 %", "median", "95 %"], deterministic, _summary)
     return [*table, "* deterministic"] if deterministic else table
+
+
+def _summary(draws: np.ndarray) -> np.ndarray:
+    """Moments and quantiles of each column."""
+    return np.stack([draws.mean(0), draws.std(0), *np.quantile(draws, [0.05, 0.5, 0.95], axis=0)])
 
 
 def _guide_table(fit: Any) -> list[str]:
@@ -156,18 +163,25 @@ def _guide_table(fit: Any) -> list[str]:
     return ["Quantiles of the guide:", *_rows(arrays, ["5 %", "median", "95 %"], [])]
 
 
-def _rows(numbers: dict[str, np.ndarray], columns: list[str], marked: list[str]) -> list[str]:
-    """A table of the first elements of each site, and how many are left out."""
+def _rows(
+    numbers: dict[str, np.ndarray],
+    columns: list[str],
+    marked: list[str],
+    summary: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+) -> list[str]:
+    """A table of the first elements of each site, of which alone there is a summary, and how many are left out."""
     sizes = [math.prod(each.shape[1:]) for each in numbers.values()]
     counts = _shares(sizes, _ROWS)
     lines: list[tuple[str, str]] = []
     for name, size, count in zip(numbers, sizes, counts, strict=True):
         mark = " *" if name in marked else ""
-        for label, values in itertools.islice(_elements({name: numbers[name]}).items(), count):
+        each = numbers[name]
+        shown = summary(each.reshape(len(each), size)[:, :count])
+        for label, values in zip(_labels(name, each.shape[1:]), shown.T, strict=False):
             lines.append((label + mark, "".join(f" {value:10.4g}" for value in values)))
         if 0 < count < size:
             lines.append((f"{name}[...]{mark}", f"  {size - count:,} more"))
-    width = max(len("latent"), *(len(label) for label, _ in lines))
+    width = max(map(len, ["latent", *(label for label, _ in lines)]))
     table = ["latent".ljust(width) + "".join(f" {column:>10}" for column in columns)]
     table += [f"{label:{width}}{text}" for label, text in lines]
     if sum(sizes) > sum(counts):

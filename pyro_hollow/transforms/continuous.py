@@ -160,7 +160,10 @@ class ConditionedCNF(_HasSolver, CachedTransform):
         :param Tensor score: the gradient of the log-density of x, with shape ``(*, d)``.
         :returns: y, the log-determinant, the score at y, and a function that maps the gradient of a loss with respect
             to y to that with respect to x, and adds those of the parameters to their ``grad``.
+        :raises RuntimeError: in inference mode, which would lose the gradients.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("call_and_pull adds gradients, which inference mode has none of: leave it first")
         self._check(x)
         with torch.enable_grad():
             x, field = x.detach().requires_grad_(), self._bind()

@@ -3,6 +3,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -19,7 +20,7 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_hollow import AutoHollowCNF, Fit, fit
-from pyro_hollow.infer import fitting
+from pyro_hollow.infer import fitting, report
 from pyro_hollow.infer.elbo import InclusiveKL, PathELBO
 from pyro_hollow.infer.log_density import LogDensity
 from pyro_hollow.nn import GraphConditioner
@@ -728,7 +729,7 @@ def test_flows_that_are_not_close_get_more_steps():
     objective = PathELBO(guide, LogDensity(funnel, compile=False, batch_size=16), 16)
     for variance, calls, least in ((0.2, 10, -math.inf), (0.2, 800, 0.02), (0.02, 10, 0.02), (1.0, 800, 0.05)):
         objective._variances.append(torch.tensor(variance))
-        objective._calls = calls
+        objective.num_calls = calls
         assert objective.threshold() == pytest.approx(least)
         objective._variances.clear()
 
@@ -780,3 +781,51 @@ def test_narrow_posterior_is_not_lost_in_training():
     covariance = torch.ones(3, 3) + 1e-6 * torch.eye(3)
     evidence = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x).item()
     assert result.elbo == pytest.approx(evidence, abs=0.05)
+
+
+def test_a_model_that_raises_anything_at_a_draw_does_not_lose_the_fit(monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("value")
+
+    monkeypatch.setattr(fitting, "diagnose", fail)
+    monkeypatch.setattr(fitting._Run, "_weigh", fail)
+    with pytest.warns(UserWarning, match="fit has no diagnostics, as diagnose failed"):
+        result = fit(conjugate, DATA, **QUICK)
+    assert result.diagnostics is None and not result.trusted and result.num_steps == 60
+    with pytest.raises(ValueError, match="there are no corrected draws: .*no draws were weighed"):
+        _ = result.posterior
+
+
+def test_resume_counts_earlier_steps(monkeypatch):
+    counts = []
+    monkeypatch.setattr(PathELBO, "threshold", lambda self: counts.append(self.num_calls) or 1.0)
+    result = fit(funnel, **{**QUICK, "num_steps": 20})
+    result.resume(progress=False)
+    assert min(counts) >= 20 + 100
+
+
+def test_a_number_of_steps_may_converge():
+    """The flow is too far from the posterior to stop by itself so early, but the rate has fallen to zero."""
+    result = fit(funnel, **{**QUICK, "num_steps": 300})
+    assert result.converged
+
+
+def test_dense_model_with_many_latents_says_so():
+    def dense():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([64]).to_event(1))
+        pyro.factor("sum", -0.01 * z.sum(-1) ** 2)
+
+    result = fit(dense, **{**QUICK, "num_steps": 2})
+    assert any("no sparse graph of the latents was found" in reason for reason in result.reasons)
+
+
+def test_deterministic_sites_are_no_data():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.deterministic("twice", 2 * z)
+
+    assert any("the model observes no data" in reason for reason in fit(model, **{**QUICK, "num_steps": 2}).reasons)
+
+
+def test_page_of_sites_without_elements():
+    assert report._rows({"empty": np.zeros((5, 0))}, ["mean"], []) == ["latent       mean"]

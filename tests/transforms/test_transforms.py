@@ -729,3 +729,9 @@ def test_a_part_takes_no_more_memory_than_allowed(monkeypatch):
         assert 1 < size < 1000
         field = flow._bind()
         assert sum(tensor.nbytes for tensor in field.with_divergence(x.new_zeros(()), x[:size])) < 2**20
+
+
+def test_gradients_by_hand_are_refused_in_inference_mode():
+    flow = hollow_cnf(2)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="call_and_pull adds gradients"):
+        flow.call_and_pull(torch.zeros(1, 2), torch.zeros(1, 2))
