@@ -46,7 +46,7 @@ from pyro_hollow.infer import Fit, LogDensity
 NAN = math.nan
 NUTS_STEPS = 1000  #: of warm-up, and so many draws.
 SITES, COUPLING, WELL, MUTUAL = 6, 1.0, 1.5, 0.5  #: of the lattice.
-GRID = 49  #: points on each axis of the lattice's transfer matrix.
+GRID = 33  #: points on each axis of the lattice's transfer matrix.
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ def product() -> Target:
         b = pyro.sample("b", dist.Normal(0.0, 2.0))
         pyro.sample("c", dist.Normal(a * b, 0.5), obs=torch.tensor(4.0))
 
-    axis = torch.linspace(-16, 16, 3201, dtype=torch.float64)
+    axis = torch.linspace(-16, 16, 1601, dtype=torch.float64)
     prior = dist.Normal(0.0, 2.0).log_prob(axis)
     log_joint = prior.unsqueeze(-1) + prior + dist.Normal(4.0, 0.5).log_prob(axis.unsqueeze(-1) * axis)
-    log_evidence = float(log_joint.flatten().logsumexp(0)) + 2 * math.log(0.01)
+    log_evidence = float(log_joint.flatten().logsumexp(0)) + 2 * math.log(0.02)
     return Target(model, torch.full((2,), 0.5), lambda draws: (draws["a"] > 0).long(), log_evidence)
 
 
@@ -167,12 +167,12 @@ def regression() -> Target:
         intercept = pyro.sample("intercept", dist.Normal(0.0, 1.0))
         pyro.factor("y", log_likelihood(slope, intercept))
 
-    axis = torch.linspace(-4, 4, 801, dtype=torch.float64)
-    slope, intercept = axis.unsqueeze(-1).expand(801, 801), axis.expand(801, 801)
+    axis = torch.linspace(-4, 4, 401, dtype=torch.float64)
+    slope, intercept = axis.unsqueeze(-1).expand(401, 401), axis.expand(401, 401)
     log_joint = dist.Normal(0.0, 2.0).log_prob(slope) + dist.Normal(0.0, 1.0).log_prob(intercept)
     log_joint = log_joint + log_likelihood(slope, intercept)
-    sides = torch.stack([log_joint[:400].flatten().logsumexp(0), log_joint[400:].flatten().logsumexp(0)])
-    log_evidence = float(sides.logsumexp(0)) + 2 * math.log(0.01)
+    sides = torch.stack([log_joint[:200].flatten().logsumexp(0), log_joint[200:].flatten().logsumexp(0)])
+    log_evidence = float(sides.logsumexp(0)) + 2 * math.log(0.02)
     return Target(model, sides.softmax(0), lambda draws: (draws["slope"] > 0).long(), log_evidence)
 
 
