@@ -7,6 +7,7 @@ Hollow-CNFs for Pyro: continuous normalizing flows with an exact log-determinant
 Which part for which need?
 
 - a posterior, in one call: :func:`fit`;
+- a posterior for all data that a model can simulate, without its likelihood: :func:`fit_amortised`;
 - a guide for a model, in a loop of your own: :class:`AutoHollowCNF`, and :func:`diagnose` to check any guide;
 - the log density of a model as a fast function, for samplers: :class:`LogDensity`;
 - a posterior flow or a density: :func:`hollow_cnf`, or :func:`conditional_hollow_cnf` where an encoder or other context
@@ -24,7 +25,16 @@ Which part for which need?
 - the free-form flow to compare with: :func:`free_form_cnf`.
 """
 
-from pyro_hollow.infer import AutoHollowCNF, Fit, LogDensity, PathGradientDistribution, diagnose, fit
+from pyro_hollow.infer import (
+    AmortisedPosterior,
+    AutoHollowCNF,
+    Fit,
+    LogDensity,
+    PathGradientDistribution,
+    diagnose,
+    fit,
+    fit_amortised,
+)
 from pyro_hollow.nn import ConditionalHollowNN, HollowNN
 from pyro_hollow.ode import Solver, SolverError
 from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching
@@ -45,6 +55,7 @@ from pyro_hollow.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AmortisedPosterior",
     "AutoHollowCNF",
     "ConditionalFreeFormCNF",
     "ConditionalHollowCNF",
@@ -66,6 +77,7 @@ __all__ = [
     "conditional_low_rank_linear",
     "diagnose",
     "fit",
+    "fit_amortised",
     "free_form_cnf",
     "hollow_cnf",
     "standardized",
