@@ -268,7 +268,7 @@ class AmortisedPosterior(nn.Module):
         u, x = self._pairs
         self.units = Standardization(u[0])
         self.units.fit("theta", u)
-        columns = x.flatten(1)
+        columns = x.reshape(len(x), -1)
         constant = int((columns == columns[0]).all(0).sum())
         if constant:
             self.notes.append(f"{constant} of {columns.shape[1]} columns of x are constant, and tell nothing")
@@ -385,9 +385,14 @@ class AmortisedPosterior(nn.Module):
         Samples the sites as a part of a guide, in whatever plates it stands in, and puts the networks into Pyro's store
         for the optimizer: for local latents, in minibatches::
 
+            guide = AutoGuideList(model, create_plates=lambda y: pyro.plate("groups", 10_000, subsample_size=100))
+
             def local(y):
-                with pyro.plate("groups", 10_000, subsample_size=100) as index:
+                with guide.plates["groups"] as index:
                     return amortised.sample_sites(y[index])
+
+            guide.append(AutoNormal(poutine.block(model, hide=["z"])))
+            guide.append(local)
 
         :param x: the data, with the dimensions of the plates in front; the sites have the same.
         :param name: the name of the networks in Pyro's store, and of an auxiliary site.

@@ -86,7 +86,7 @@ class Features(nn.Module):
         self.embedding = embedding
         self.moments = None if exchangeable is None or embedding is not None else Moments(exchangeable, self.shape)
         common = self.moments is not None or embedding is not None
-        columns = x.reshape(-1, 1) if common else x.flatten(1)
+        columns = x.reshape(-1, 1) if common else x.reshape(len(x), -1)
         self.units = Standardization(columns[0])
         self.units.fit("x", columns, allow_constant=True)
         if self.moments is not None:

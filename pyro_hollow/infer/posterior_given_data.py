@@ -79,7 +79,7 @@ class PosteriorGivenData(TorchDistribution):
             check = site.support.check(own)
             inside = inside & valid & check.reshape(*batch, -1).all(-1)
             # Any value inside will do where the density is zero.
-            u = torch.where(valid.reshape(*batch, *(1,) * (u.dim() - len(batch))), u, torch.zeros_like(u))
+            u = torch.where(valid.reshape((*batch, *(1,) * (u.dim() - len(batch)))), u, torch.zeros_like(u))
             term = bijection.log_abs_det_jacobian(u, bijection(u))
             ladj = ladj + sum_rightmost(term, term.dim() - len(batch))
             parts.append(u.reshape(*batch, -1))
@@ -97,7 +97,7 @@ class PosteriorGivenData(TorchDistribution):
         parts = u.split([site.unconstrained_shape.numel() for site in self.sites], -1)
         for site, part in zip(self.sites, parts, strict=True):
             bijection = biject_to(site.support)
-            part = part.reshape(*batch, *site.unconstrained_shape)
+            part = part.reshape((*batch, *site.unconstrained_shape))
             values[site.name] = value = bijection(part)
             term = bijection.log_abs_det_jacobian(part, value)
             ladjs[site.name] = sum_rightmost(term, term.dim() - len(batch))
@@ -114,7 +114,7 @@ class PosteriorGivenData(TorchDistribution):
         if value.shape[-1:] != self.event_shape:
             raise ValueError(f"value must have shape (*, {sum(sizes)}), but got {tuple(value.shape)}")
         parts = value.split(sizes, -1)
-        return {s.name: part.reshape(*value.shape[:-1], *s.shape) for s, part in zip(self.sites, parts, strict=True)}
+        return {s.name: part.reshape((*value.shape[:-1], *s.shape)) for s, part in zip(self.sites, parts, strict=True)}
 
 
 def _flat_support(site: Site) -> constraints.Constraint:

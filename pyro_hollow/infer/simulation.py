@@ -25,7 +25,8 @@ from .predictions import PARTICLES
 __all__ = ["Simulations", "Site", "Simulator", "drop_rows"]
 
 _BATCH = 1000  # runs of the model at once
-_TRIALS = 3  # runs in which data are shifted along a plate
+_TRIALS = 10  # of a first run
+_SHIFTS = 3  # runs in which data are shifted along a plate
 _FAILURES = (ArithmeticError, RuntimeError, ValueError)
 
 
@@ -108,8 +109,7 @@ class Simulator:
         sites: Sequence[str] | None,
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
-        with torch.no_grad():
-            conditioned = _nodes(poutine.block(poutine.trace(model).get_trace)(*args, **kwargs))
+        conditioned = self._first_run()
         given = [name for name, site in conditioned.items() if site["is_observed"] and not _is_deterministic(site)]
         factors = [name for name in given if site_is_factor(conditioned[name])]
         if factors:
@@ -142,6 +142,14 @@ class Simulator:
         self.reason = self._why_one_by_one()
         self.vectorized = not self.reason
         self.exchangeable = self._exchangeable_dim()
+
+    def _first_run(self) -> dict[str, Any]:
+        """The sample sites of a run that does not fail."""
+        with torch.no_grad():
+            for trial in range(_TRIALS):
+                with suppress(*(_FAILURES if trial < _TRIALS - 1 else ())):
+                    return _nodes(poutine.block(poutine.trace(self.model).get_trace)(*self.args, **self.kwargs))
+        raise AssertionError
 
     def draw(self, count: int, bar: Any = None) -> Simulations:
         """
@@ -215,7 +223,7 @@ class Simulator:
             return None
         found: set[int] | None = None
         with torch.no_grad(), pyro.validation_enabled(False):
-            for _ in range(_TRIALS):
+            for _ in range(_SHIFTS):
                 with suppress(*_FAILURES):
                     trace = poutine.block(poutine.trace(_Unobserved()(self.model)).get_trace)(*self.args, **self.kwargs)
                     dims = set(_shiftable(_nodes(trace), name, [latent.name for latent in self.latents]))
