@@ -345,6 +345,10 @@ class AmortisedPosterior(nn.Module):
                 )
             check_finite("x", value)
             values[name] = value
+        batches = {name: tuple(values[name].shape[: values[name].dim() - len(s)]) for name, s in self._x_shapes.items()}
+        if len(set(batches.values())) > 1:
+            got = ", ".join(f"{batch} at {name!r}" for name, batch in batches.items())
+            raise ValueError(f"x must have the same leading dimensions at all sites, but has {got}")
         return self._joined(values)
 
     def _unconstrained(self, x: Tensor) -> Any:

@@ -499,3 +499,10 @@ def test_subsampled_plates_are_refused():
 def test_data_that_do_not_fit(fitted, x, match):
     with pytest.raises(ValueError, match=match):
         fitted.posterior(x)
+
+
+def test_batches_of_data_that_do_not_fit_each_other():
+    theta = torch.randn(200, 1)
+    amortised = fit_amortised(theta=theta, x={"a": theta, "b": theta + 1}, **QUICK)
+    with pytest.raises(ValueError, match=r"leading dimensions at all sites, but has \(5,\) at 'a', \(\) at 'b'"):
+        amortised.posterior({"a": torch.zeros(5, 1), "b": torch.zeros(1)})
