@@ -222,8 +222,8 @@ def diagnose(
     :raises ValueError: for settings out of range, subsampled plates, observed values that are not finite, latents that
         the guide does not sample (and that are not marked for enumeration) or to which it gives a single value, sites
         that are named as a dimension of ArviZ ("chain", "draw", "<site>_dim_0"), models that mix samples or cannot be
-        run in a further plate, densities that are nan, if no sample has a positive density, and for restarts with
-        discrete latents, or where the model allows no further plate or second derivatives.
+        run in a further plate, densities that are nan, if no sample has a positive density, and for restarts of
+        a model that :class:`LogDensity` refuses, or that has no gradient.
     :raises ImportError: without ArviZ.
 
     References:

@@ -587,9 +587,13 @@ class _Run:
         if best.interrupted or self._gaussian_is_over():
             return None
         if self._searches(density):
-            found = result.search = search(density, best, self._gaussian_is_over)
-            if len(found):
-                return self._around(density, found, result)
+            try:
+                found = result.search = search(density, best, self._gaussian_is_over)
+                if len(found):
+                    return self._around(density, found, result)
+            except KeyboardInterrupt:
+                result.gaussian = replace(best, interrupted=True)
+                return None
         if density.dim <= _TWO_STARTS and len(points) > 1:
             result.gaussian = max(best, self._gaussian(density, points[1]), key=_finite_elbo)
         return None
@@ -689,11 +693,14 @@ class _Run:
             return
         group = found.posterior["guide"]
         samples = {name: torch.as_tensor(group[name].values)[0] for name in density.sites}
-        if result.search is None:
-            result.search = search_around(density, samples, found.weights, _RESTARTS)
-        log_q = objective.posterior().log_prob
-        modes = judge_modes(density, result.search, samples, found.weights, found.iw_bound, log_q)
-        result.diagnostics = replace(found, restarts=result.search.num_starts, modes=modes)
+        try:
+            if result.search is None:
+                result.search = search_around(density, samples, found.weights, _RESTARTS)
+            log_q = objective.posterior().log_prob
+            modes = judge_modes(density, result.search, samples, found.weights, found.iw_bound, log_q)
+            result.diagnostics = replace(found, restarts=result.search.num_starts, modes=modes)
+        except (KeyboardInterrupt, Exception) as error:  # the fit must not be lost
+            result.reasons.append(f"modes without draws were not looked for ({_first_line(error)})")
 
     def _excuse(self, result: Fit, density: LogDensity, error: Exception) -> None:
         """Says why draws are weighed by the density after an error of the model at one of them."""
@@ -756,7 +763,7 @@ class _Run:
                 result.backend += f", on a graph with {edges} edges and {hubs} hub(s)"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """The message, without the tensors and tables that Pyro adds."""
     lines = str(error).splitlines() or [type(error).__name__]
     told = lines[0].startswith("Error while computing log_prob") and len(lines) > 1

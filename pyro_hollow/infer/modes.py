@@ -395,8 +395,8 @@ def judge_modes(
     """
     if not len(modes):
         return []
-    draws, count = density.unconstrain(samples).to("cpu", torch.float64), len(weights)
-    usable = draws.isfinite().all(-1)
+    draws, count = density.unconstrain(samples).to(modes.points), len(weights)
+    usable, weights = draws.isfinite().all(-1), weights.to(modes.points)
     mass = (modes.log_masses - log_evidence).sigmoid()
     nearest = modes.densities(draws[usable]).argmax(-1)
     counted = torch.bincount(nearest, minlength=len(modes)) / count
@@ -411,7 +411,7 @@ def judge_modes(
     points = modes.points.to(density.start)
     if log_q is not None and bool(missed.any()):
         with torch.no_grad():
-            ratio = modes.values - log_evidence - log_q(points).cpu()
+            ratio = modes.values - log_evidence - log_q(points).to(modes.values)
         missed = missed & ~(ratio < -math.log(_MIN_SHARE))
     values = density.constrain(points)
     return [

@@ -13,7 +13,7 @@ import torch
 from torch.testing import assert_close
 
 from pyro_hollow import Fit, fit
-from pyro_hollow.infer import AutoHollowCNF, LogDensity
+from pyro_hollow.infer import AutoHollowCNF, LogDensity, fitting
 from pyro_hollow.infer.elbo import InclusiveKL, PathELBO
 from pyro_hollow.infer.gaussian import GaussianFit
 from pyro_hollow.infer.gaussian_mixture import GaussianMixture
@@ -293,3 +293,24 @@ def test_graphs_and_mixtures_go_together():
 def test_modes_out_of_range(modes):
     with pytest.raises(ValueError, match="modes must be 'auto' or False, but got"):
         fit(product, modes=modes, **QUICK)
+
+
+@pytest.mark.parametrize("where", ["search", "fit_mixture"])
+def test_interrupted_search_does_not_lose_the_fit(where, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, where, interrupted)
+    result = fit(product, num_steps=5, **QUICK)
+    assert result.diagnostics is not None and "Ctrl-C ended the fit of the Gaussian" in result.reasons
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), IndexError("far out")])
+def test_failed_judgement_of_modes_does_not_lose_the_fit(error, monkeypatch):
+    def failed(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(fitting, "judge_modes", failed)
+    result = fit(product, num_steps=5, **QUICK)
+    assert result.diagnostics is not None and not result.modes
+    assert any("modes without draws were not looked for" in reason for reason in result.reasons)
