@@ -59,7 +59,7 @@ def test_first_blocks_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("block", BLOCKS[3:], ids=lambda block: f"{len(block)} characters")
 def test_other_blocks_run(block):
-    run([block])
+    run([block.replace("num_flows=2", "num_flows=2, num_steps=50")])
 
 
 def imported(source):

@@ -9,8 +9,10 @@ from .autoguide import AutoHollowCNF
 from .calibration import Calibration
 from .diagnostics import GuideDiagnostics, diagnose
 from .fitting import Fit, fit
+from .gaussian_mixture import GaussianMixture
 from .graph import latent_adjacency
 from .log_density import LogDensity
+from .modes import Mode
 from .path_gradient import PathGradientDistribution
 from .posterior_given_data import PosteriorGivenData
 
@@ -20,8 +22,10 @@ __all__ = [
     "AutoHollowCNF",
     "Calibration",
     "Fit",
+    "GaussianMixture",
     "GuideDiagnostics",
     "LogDensity",
+    "Mode",
     "PathGradientDistribution",
     "PosteriorGivenData",
     "diagnose",
