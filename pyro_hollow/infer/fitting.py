@@ -540,12 +540,10 @@ class _Run:
 
     def _make_guide(self, reasons: list[str]) -> AutoHollowCNF:
         model = poutine.block(self.model, hide_fn=is_marked)
-        density, conditioner = self.log_density, None
-        if density is not None and density.dim >= MANY and not density.subsamples:
-            limit = math.inf if self.deadline is None else self.deadline - self.begin
-            conditioner = sparse_conditioner(density, _GRAPH_TIME * limit)
-            if conditioner is None:
-                reasons.append("no sparse graph of the latents was found, so that the flow has the default conditioner")
+        density = self.log_density
+        conditioner = None if density is None else sparse_conditioner(density, self._graph_time())
+        if density is not None and conditioner is None and density.dim >= MANY and not density.subsamples:
+            reasons.append("no sparse graph of the latents was found, so that the flow has the default conditioner")
         settings: dict[str, Any] = {}
         if conditioner is not None:
             settings = {"conditioner": conditioner, "transformer_dim": conditioner.hidden_dim // 2}
@@ -611,7 +609,7 @@ class _Run:
                 result.gaussian = max(best, other, key=_finite_elbo)
                 return None
         function, over = density.value_and_gradient, self._gaussian_is_over
-        groups = independent_groups(density) if len(modes) > max_components(density.dim) else []
+        groups = independent_groups(density, self._graph_time()) if len(modes) > max_components(density.dim) else []
         if len(groups) > 1:
             return fit_mixtures(function, modes, groups, over)
         mixture = fit_mixture(function, modes, best, over)
@@ -651,6 +649,10 @@ class _Run:
 
     def _gaussian_is_over(self, *_: object) -> bool:
         return self._time_is_over(_GAUSSIAN_TIME)
+
+    def _graph_time(self) -> float:
+        """Seconds that a search for the graph may take."""
+        return math.inf if self.deadline is None else _GRAPH_TIME * (self.deadline - self.begin)
 
     def _time_is_over(self, share: float = 1.0) -> bool:
         """True if a share of the time limit is over."""

@@ -105,16 +105,19 @@ def adjacency_of_trace(
 
 def sparse_conditioner(density: LogDensity, patience: float = math.inf) -> GraphConditioner | None:
     """
-    Makes a conditioner on the graph of a model, if few others are seen by each of its latents.
+    Makes a conditioner on the graph of a model with many latents, if few others are seen by each of them.
 
-    :param LogDensity density: the density of the model, without subsampled data, which have edges of their own.
+    :param LogDensity density: the density of the model.
     :param float patience: seconds that finding the graph may take, half a minute at most.
-    :return: the conditioner. None where a latent sees more than half of the others, and where the graph is unknown.
+    :return: the conditioner. None for fewer than 64 latents, where one sees more than half of the others, where the
+        graph is unknown, and for subsampled data, which have edges of their own.
     """
+    if density.dim < MANY or density.subsamples:
+        return None
     try:
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             adjacency = _adjacency(density.model.of_one, density.start, min(_PATIENCE, patience))
-    except ValueError:
+    except (TimeoutError, ValueError):
         return None
     # The largest number seen is that of neighbours at least, and a hub costs as much as all others.
     conditioner = GraphConditioner(density.dim, _WIDTHS, adjacency=adjacency, activation="silu")
@@ -122,17 +125,18 @@ def sparse_conditioner(density: LogDensity, patience: float = math.inf) -> Graph
     return conditioner if num_seen <= _SEEN_SHARE * density.dim else None
 
 
-def independent_groups(density: LogDensity) -> list[Tensor]:
+def independent_groups(density: LogDensity, patience: float = math.inf) -> list[Tensor]:
     """
     Finds groups of latents that the joint density does not bind together, the connected components of its graph.
 
     :param LogDensity density: the density of the model.
+    :param float patience: seconds that finding the graph may take, half a minute at most.
     :return: the indices of each group; a single one where the graph is unknown.
     """
     try:
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            adjacency = _adjacency(density.model.of_one, density.start, _PATIENCE)
-    except ValueError:
+            adjacency = _adjacency(density.model.of_one, density.start, min(_PATIENCE, patience))
+    except (TimeoutError, ValueError):
         return [torch.arange(density.dim)]
     reached = adjacency.double().fill_diagonal_(1.0)
     for _ in range(density.dim.bit_length()):  # paths of twice the length each time
@@ -164,7 +168,7 @@ def _hessian(function: Callable[[Tensor], Tensor], point: Tensor, patience: floa
     """
     The matrix of second derivatives; NaN where the function or a first derivative is not finite.
 
-    :raises ValueError: if it is going to take more seconds than there is patience for.
+    :raises TimeoutError: if it is going to take more seconds than there is patience for.
     """
     point = point.detach().requires_grad_()
     with torch.enable_grad():
@@ -178,7 +182,7 @@ def _hessian(function: Callable[[Tensor], Tensor], point: Tensor, patience: floa
         for part in basis.split(size):
             rows.append(_rows(gradient, point, part))
             if (time.perf_counter() - begin) * len(basis) > patience * len(rows) * size:
-                raise ValueError("second derivatives of the density take too long")
+                raise TimeoutError("second derivatives of the density take too long")
     hessian = torch.cat(rows)
     hessian[~(value.isfinite() & gradient.isfinite())] = torch.nan
     return hessian

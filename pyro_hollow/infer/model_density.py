@@ -47,7 +47,7 @@ class ModelDensity:
     :ivar Tensor start: the latents at the start, with shape ``(d,)``.
     :ivar int elements: the number of elements of all sites' values.
     :ivar subsamples: the size of each subsampled plate and that of its subsamples, by name.
-    :ivar bool observes: the model has observed sites, factors or deterministic sites.
+    :ivar bool observes: the model has observed sites or factors.
     :ivar parameters: the unconstrained parameters of the model, by name.
 
     :param model: the model.

@@ -143,13 +143,14 @@ def _table(fit: Any) -> list[str]:
     latents = _latents(fit)
     deterministic = [name for name in posterior.data_vars if name not in latents]
     draws = {name: posterior[name].values for name in [*latents, *deterministic]}
-    draws = {name: values.reshape(-1, *values.shape[2:]).astype(float) for name, values in draws.items()}
+    draws = {name: values.reshape(math.prod(values.shape[:2]), *values.shape[2:]) for name, values in draws.items()}
     table = _rows(draws, ["mean", "sd", "5 %", "median", "95 %"], deterministic, _summary)
     return [*table, "* deterministic"] if deterministic else table
 
 
 def _summary(draws: np.ndarray) -> np.ndarray:
     """Moments and quantiles of each column."""
+    draws = draws.astype(float)  # only those that are shown, as there may be many; booleans have no quantiles
     return np.stack([draws.mean(0), draws.std(0), *np.quantile(draws, [0.05, 0.5, 0.95], axis=0)])
 
 

@@ -309,7 +309,7 @@ class Solver:
         times: Tensor,
         by_hand: bool,
     ) -> tuple[State, Pull | None]:
-        """The state at the end by explicit steps, and what pulls its gradients back if wanted."""
+        """The state at the end by explicit steps, and, if wanted, the function that pulls gradients back from there."""
         stepper, stats.reason = choice
         stats.backend = stepper.name
         t0, t1 = times.tolist()

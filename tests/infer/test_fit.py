@@ -827,5 +827,14 @@ def test_deterministic_sites_are_no_data():
     assert any("the model observes no data" in reason for reason in fit(model, **{**QUICK, "num_steps": 2}).reasons)
 
 
+def test_page_of_a_fit_with_a_deterministic_site_without_elements():
+    def model():
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(1.0))
+        pyro.deterministic("empty", torch.zeros(0), event_dim=1)
+
+    lines = str(fit(model, **{**QUICK, "num_steps": 2})).splitlines()
+    assert any(line.startswith("z ") for line in lines) and not any(line.startswith("empty") for line in lines)
+
+
 def test_page_of_sites_without_elements():
     assert report._rows({"empty": np.zeros((5, 0))}, ["mean"], []) == ["latent       mean"]
