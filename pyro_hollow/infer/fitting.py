@@ -99,7 +99,7 @@ def fit(
 
     1.  A Gaussian over all latents is fitted by natural gradients from the best of a few moderate points
         (:func:`~pyro_hollow.infer.gaussian.fit_gaussian`).
-    2.  Up to 256 latents, searches from 64 points and more look for modes
+    2.  Up to 256 latents, searches from 64 points (16 with more than 64 latents) look for modes
         (:func:`~pyro_hollow.infer.modes.search`). If there are several, a mixture of Gaussians is fitted to them
         (:func:`~pyro_hollow.infer.mixture.fit_mixture`), from which a flow need not tear a Gaussian apart. Where
         groups of latents are independent of each other, each has a mixture of its own.

@@ -37,8 +37,10 @@ _MAX_ELEMENTS = 10**8
 _EVALUATIONS = 150
 _WIDEST = 30.0  # standard deviations of a guide, around which searches start
 _RADIUS = 2.0  # of the uniform starts in the unconstrained space
-# Starts of the first round, also of a model that is evaluated one by one, and of each of some further rounds.
+# Starts of the first round, also of a model that is evaluated one by one or has many latents, whose matrices take
+# longer than the density; and of each of some further rounds.
 _STARTS, _FEW_STARTS, _MORE_STARTS, _ROUNDS = 64, 16, 256, 6
+_MANY = 64
 _MOST_MODES = 128  # more than a mixture has components
 _DECREMENT = 0.05  # twice the nats that a quadratic model still promises at a mode
 
@@ -168,15 +170,16 @@ def projected(modes: Modes, index: Tensor, value_and_gradient: ValueAndGradient)
 
 def search(density: LogDensity, gaussian: GaussianFit, report: Callable[[], bool] | None = None) -> Modes:
     """
-    Searches for all modes of a density: from 64 points (:func:`search_starts`), and if these lead to several modes,
-    from 256 more in the box that holds those modes, and again while further ones are found.
+    Searches for all modes of a density: from 64 points (:func:`search_starts`), or 16 with more than 64 latents. If
+    these lead to several modes, it goes on from 256 more, or 16, in the box that holds those, while it finds others.
 
     :param LogDensity density: that of the model.
     :param GaussianFit gaussian: a Gaussian that was fitted to it.
     :param report: called before each step; True ends the search.
     """
     loc, scale_tril = gaussian.loc, gaussian.scale_tril
-    starts = search_starts(density, loc, scale_tril, _STARTS if density.batch_size > 1 else _FEW_STARTS)
+    few = density.batch_size == 1 or density.dim > _MANY
+    starts = search_starts(density, loc, scale_tril, _FEW_STARTS if few else _STARTS)
     angles = _angles(density, loc)
     modes = _in_one_turn(find_modes(density.value_and_gradient, starts, loc, scale_tril, None, report), angles, loc)
     for _ in range(_ROUNDS if density.batch_size > 1 else 0):
@@ -186,7 +189,8 @@ def search(density: LogDensity, gaussian: GaussianFit, report: Callable[[], bool
         widths = modes.scale_trils.square().sum(-1).sqrt().amax(0)  # standard deviations of the latents
         low, high = modes.points.amin(0) - 2 * widths, modes.points.amax(0) + 2 * widths
         centre, half = (low + high) / 2, 1.1 * (high - low) / 2
-        starts = centre + half * (2 * torch.rand(_MORE_STARTS, density.dim, dtype=torch.float64) - 1).to(centre)
+        more = _FEW_STARTS if few else _MORE_STARTS
+        starts = centre + half * (2 * torch.rand(more, density.dim, dtype=torch.float64) - 1).to(centre)
         modes = find_modes(density.value_and_gradient, starts.to(loc), loc, scale_tril, modes, report)
         modes = _in_one_turn(modes, angles, loc)
         if len(modes) == count:
@@ -238,14 +242,17 @@ class _Climb:
         curvature = (dx * dg).sum(-1)
         convex = curvature > 1e-12 * dx.norm(dim=-1) * dg.norm(dim=-1)
         moved, dx, dg, curvature = moved[convex], dx[convex], dg[convex], curvature[convex].view(-1, 1, 1)
-        scale = curvature / dg.square().sum(-1).view(-1, 1, 1)
-        first = self._unscaled[moved].view(-1, 1, 1)
-        old = torch.where(first, torch.eye(dx.shape[-1]).to(dx) * scale, self.inverse[moved])
-        self._unscaled[moved] = False
-        image = old @ dg.unsqueeze(-1)
-        cross = image @ dx.unsqueeze(-2) / curvature
-        outer = dx.unsqueeze(-1) * dx.unsqueeze(-2) / curvature
-        self.inverse[moved] = old - cross - cross.mT + outer * (1 + dg.unsqueeze(-2) @ image / curvature)
+        first = self._unscaled[moved]
+        if bool(first.any()):
+            scale = curvature[first] / dg[first].square().sum(-1).view(-1, 1, 1)
+            self.inverse[moved[first]] = torch.eye(dx.shape[-1]).to(dx) * scale
+            self._unscaled[moved] = False
+        old = self.inverse[moved]
+        image, step = old @ dg.unsqueeze(-1), dx.unsqueeze(-1)
+        # old - image step^T - step image^T + (1 + dg^T image) step step^T, over the curvature, as one product
+        half = 0.5 * (1 + dg.unsqueeze(-2) @ image / curvature) * step - image
+        left, right = torch.cat([half, step], -1) / curvature, torch.cat([step, half], -1)
+        self.inverse[moved] = torch.baddbmm(old, left, right.mT)
 
 
 def _distinct(climb: _Climb, widest: float) -> tuple[Tensor, Tensor, Tensor]:
