@@ -401,10 +401,16 @@ class _Run:
                 torch.manual_seed(seed)
             objective = self._prepare(result)
             if result.gaussian is None or not result.gaussian.interrupted:
+                earlier = result.training
                 try:
                     self._improve(result, objective, num_steps, "guide" if progress else False)
                 except KeyboardInterrupt:  # between trainings, which end by themselves
                     result.reasons.append("Ctrl-C ended the fit before it was done")
+                except Exception as error:  # whatever a model raises at a draw
+                    if result.training is earlier:  # nothing was trained that could be lost
+                        raise
+                    result.reasons.append(f"the training ended early ({_first_line(error)})")
+                    warnings.warn(f"fit ended the training early: {_first_line(error)}", stacklevel=3)
             else:
                 result.reasons.append("Ctrl-C ended the fit of the Gaussian")
             result.diagnostics = self._judge(result, objective)
@@ -443,18 +449,21 @@ class _Run:
         if before.khat < _LIGHT or not before.share > _LEAST_SHARE:
             return
         kept = [parameter.detach().clone() for parameter in self.guide.parameters()]
-        steps = self._train(InclusiveKL(objective), _TAIL_STEPS, None, progress, schedule="cosine", rate=_TAIL_RATE)
-        after = _Weights(objective, _COMPARED)
-        better = after.khat < before.khat and after.share > 0.5 * before.share
+        better = False
+        try:
+            steps = self._train(InclusiveKL(objective), _TAIL_STEPS, None, progress, schedule="cosine", rate=_TAIL_RATE)
+            after = _Weights(objective, _COMPARED)
+            better = after.khat < before.khat and after.share > 0.5 * before.share
+        finally:  # also after an error, as nobody knows what the steps did
+            if not better:
+                with torch.no_grad():
+                    for parameter, value in zip(self.guide.parameters(), kept, strict=True):
+                        parameter.copy_(value)
         what = "trained the tails in" if better else "undid"
         training.events.append(
             f"Step {training.num_steps}: {what} {steps.num_steps} steps on weighted samples; k-hat {before.khat:.2f} "
             f"before and {after.khat:.2f} after."
         )
-        if not better:
-            with torch.no_grad():
-                for parameter, value in zip(self.guide.parameters(), kept, strict=True):
-                    parameter.copy_(value)
 
     def _train(
         self,
@@ -682,7 +691,9 @@ class _Run:
                 return self._weigh(objective, density)
         except KeyboardInterrupt:
             result.reasons.append("no draws were weighed, as Ctrl-C was pressed")
-        except Exception as error:  # whatever a model raises at a draw: the training must not be lost
+        # A model is the user's code, which may raise any error at a draw, and none is worth the training. Exception is
+        # the base class of all errors, but not of exits of the interpreter, which must pass.
+        except Exception as error:
             line = _first_line(error)
             result.reasons.append(f"no draws were weighed ({line})")
             warnings.warn(f"fit has no diagnostics, as diagnose failed: {line}", stacklevel=4)
@@ -703,6 +714,8 @@ class _Run:
             result.diagnostics = replace(found, restarts=result.search.num_starts, modes=modes)
         except (KeyboardInterrupt, Exception) as error:  # the fit must not be lost
             result.reasons.append(f"modes without draws were not looked for ({_first_line(error)})")
+            if isinstance(error, Exception):
+                warnings.warn(f"fit found no modes, as the search failed: {_first_line(error)}", stacklevel=4)
 
     def _excuse(self, result: Fit, density: LogDensity, error: Exception) -> None:
         """Says why draws are weighed by the density after an error of the model at one of them."""
@@ -733,7 +746,7 @@ class _Run:
         for left in reversed(range(_TRIALS)):
             try:
                 return Pair(self.model, self.guide, self.args, self.kwargs, None)
-            except (ArithmeticError, RuntimeError, ValueError):
+            except Exception:  # whatever a model raises at a draw
                 if not left:
                     raise
         raise AssertionError

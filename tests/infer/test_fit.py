@@ -21,6 +21,7 @@ from pyro.infer.autoguide import (
 
 from pyro_hollow import AutoHollowCNF, Fit, fit
 from pyro_hollow.infer import fitting, report
+from pyro_hollow.infer.diagnostics import Pair
 from pyro_hollow.infer.elbo import InclusiveKL, PathELBO
 from pyro_hollow.infer.log_density import LogDensity
 from pyro_hollow.nn import GraphConditioner
@@ -794,6 +795,54 @@ def test_a_model_that_raises_anything_at_a_draw_does_not_lose_the_fit(monkeypatc
     assert result.diagnostics is None and not result.trusted and result.num_steps == 60
     with pytest.raises(ValueError, match="there are no corrected draws: .*no draws were weighed"):
         _ = result.posterior
+
+
+@pytest.mark.parametrize("failing", [2, 3, 4], ids=["after training", "before the tails", "after the tails"])
+def test_error_between_trainings_does_not_lose_the_fit(failing, monkeypatch):
+    """The weights are computed before the training, after it, and before and after that of the tails."""
+    guides, parameters = [], []
+
+    def weigh(self, objective, *args):
+        guides.append(objective.guide)
+        if len(guides) == failing:
+            raise IndexError("far out")
+        self.khat, self.share = 0.6, 0.9
+        parameters[:] = [parameter.detach().clone() for parameter in objective.guide.parameters()]
+
+    monkeypatch.setattr(fitting._Weights, "__init__", weigh)
+    monkeypatch.setattr(fitting, "_MAX_STEPS", 150)
+    with pytest.warns(UserWarning, match="fit ended the training early: far out"):
+        result = fit(conjugate, DATA, **{**QUICK, "num_steps": None})
+    assert len(guides) == failing and result.num_steps >= 100 and result.diagnostics is not None
+    assert "the training ended early (far out)" in result.reasons
+    if failing == 4:  # the steps on the tails are undone
+        assert all(map(torch.equal, parameters, result.guide.parameters()))
+
+
+def test_errors_before_any_training_are_raised(monkeypatch):
+    def fail(*args, **kwargs):
+        raise IndexError("far out")
+
+    monkeypatch.setattr(fitting, "train", fail)
+    with pytest.raises(IndexError, match="far out"):
+        fit(conjugate, DATA, **QUICK)
+
+
+def test_an_error_at_one_draw_does_not_cost_all_draws(monkeypatch):
+    def fail(*args, **kwargs):
+        raise IndexError("far out")
+
+    trials = []
+
+    def pair(*args, **kwargs):
+        trials.append(None)
+        return Pair(*args, **kwargs) if len(trials) > 1 else fail()
+
+    monkeypatch.setattr(fitting, "diagnose", fail)
+    monkeypatch.setattr(fitting, "Pair", pair)
+    result = fit(conjugate, DATA, **QUICK)
+    check_conjugate(result)
+    assert any("diagnose failed (far out)" in reason for reason in result.reasons)
 
 
 def test_resume_counts_earlier_steps(monkeypatch):

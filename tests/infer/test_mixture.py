@@ -5,6 +5,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -311,6 +312,8 @@ def test_failed_judgement_of_modes_does_not_lose_the_fit(error, monkeypatch):
         raise error
 
     monkeypatch.setattr(fitting, "judge_modes", failed)
-    result = fit(product, num_steps=5, **QUICK)
+    warned = pytest.warns(UserWarning, match="fit found no modes, as the search failed: far out")
+    with warned if isinstance(error, Exception) else nullcontext():
+        result = fit(product, num_steps=5, **QUICK)
     assert result.diagnostics is not None and not result.modes
     assert any("modes without draws were not looked for" in reason for reason in result.reasons)
