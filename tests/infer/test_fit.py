@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray
 from matplotlib.figure import Figure
 from pyro import poutine
 from pyro.infer import Predictive
@@ -883,6 +885,22 @@ def test_page_of_a_fit_with_a_deterministic_site_without_elements():
 
     lines = str(fit(model, **{**QUICK, "num_steps": 2})).splitlines()
     assert any(line.startswith("z ") for line in lines) and not any(line.startswith("empty") for line in lines)
+
+
+def test_page_summarises_only_the_rows_that_it_shows(monkeypatch):
+    values = np.arange(20_000, dtype=np.float32).reshape(1, 10, 2000)
+    summarised, summary = [], report._summary
+    monkeypatch.setattr(report, "_summary", lambda draws: summarised.append(draws) or summary(draws))
+    datasets = {
+        "guide": xarray.Dataset({"z": (("chain", "draw"), values[..., 0])}),
+        "posterior": xarray.Dataset(
+            {"z": (("chain", "draw"), values[..., 0]), "many": (("chain", "draw", "k"), values)}
+        ),
+    }
+    table = report._table(SimpleNamespace(posterior=datasets))
+    assert sum(draws.shape[1] for draws in summarised) <= report._ROWS
+    assert all(np.shares_memory(draws, values) for draws in summarised)  # no others were copied
+    assert table[1].split() == ["z", "9000", "5745", "900", "9000", "1.71e+04"]
 
 
 def test_page_of_sites_without_elements():
