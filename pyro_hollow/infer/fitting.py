@@ -130,7 +130,8 @@ def fit(
     :param compile: "auto" to solve the flow in compiled code if there is a C compiler, and to compile the model in the
         background once that is worthwhile; True to compile both first; False for neither.
     :param time_limit: seconds of wall time after which the training ends. What comes after it is not limited: weighing
-        4,000 draws takes as long as a few dozen steps.
+        4,000 draws takes as long as a few dozen steps, and more than a hundred where particles are evaluated one by
+        one.
     :param modes: "auto" to search for modes up to 256 latents, unless the data are subsampled; False for no search.
         With a guide of your own, the search comes after the training, and only judges its draws.
     :param bool progress: False for no bar.
@@ -308,7 +309,7 @@ class Fit:
 
         :param num_steps: the number of further steps. None to train until the ELBO no longer rises, at most 4,000
             further steps.
-        :param time_limit: seconds of wall time after which the training ends.
+        :param time_limit: seconds of wall time after which the training ends, as in :func:`fit`.
         :param seed: the seed of torch's random numbers; see :func:`fit`.
         :param bool progress: False for no bar.
         :return: this fit itself.

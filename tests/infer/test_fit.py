@@ -887,6 +887,25 @@ def test_page_of_a_fit_with_a_deterministic_site_without_elements():
     assert any(line.startswith("z ") for line in lines) and not any(line.startswith("empty") for line in lines)
 
 
+def test_factors_are_data():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("data", -(z**2))
+
+    assert LogDensity(model, compile=False).observes
+
+
+def test_graph_is_searched_for_in_a_share_of_the_time_limit(monkeypatch):
+    def wide():
+        pyro.sample("z", dist.Normal(0.0, 1.0).expand([64]).to_event(1))
+
+    patience = []
+    monkeypatch.setattr(fitting, "sparse_conditioner", lambda density, seconds: patience.append(seconds))
+    for time_limit in (None, 50.0):
+        fit(wide, time_limit=time_limit, modes=False, **{**QUICK, "num_steps": 2})
+    assert patience == [math.inf, pytest.approx(5.0)]
+
+
 def test_page_summarises_only_the_rows_that_it_shows(monkeypatch):
     values = np.arange(20_000, dtype=np.float32).reshape(1, 10, 2000)
     summarised, summary = [], report._summary
