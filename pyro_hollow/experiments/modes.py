@@ -237,7 +237,7 @@ def share_found(target: Target, draws: dict[str, Tensor]) -> float:
 
 
 def examine(target: Target, fitted: Fit) -> dict[str, float]:
-    """What the guide found."""
+    """Findings of a fit, beside the truth."""
     draws = {name: torch.as_tensor(x.values).flatten(0, 1) for name, x in fitted.posterior["guide"].items()}
     return {
         "share": share_found(target, draws),

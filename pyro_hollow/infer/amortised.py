@@ -542,7 +542,7 @@ def _parts(count: int) -> list[int]:
 
 
 def _log_determinants(sites: Sequence[Site], parts: Sequence[Tensor]) -> Tensor:
-    """Those of the maps from the unconstrained space to the supports, with shape ``(n,)``."""
+    """Log-determinants of the maps from the unconstrained space to the supports, with shape ``(n,)``."""
     total = parts[0].new_zeros(len(parts[0]))
     for site, part in zip(sites, parts, strict=True):
         part, bijection = part.reshape(-1, *site.unconstrained_shape), biject_to(site.support)
