@@ -295,7 +295,7 @@ def draw(posterior: Posterior, runs: Runs, folder: Path) -> None:
             axis.set_visible(True)
             _draw_marginal(axis, name, scale[name], limits[name], reference, draws)
         if axes[-1, 0].get_legend_handles_labels()[0]:
-            axes[-1, 0].legend(fontsize=7)
+            axes[-1, 0].legend(loc="upper right", fontsize=7)
         whole.suptitle(f"{posterior.title}: draws of the guides on those of the posterior (grey)")
 
 
@@ -333,7 +333,7 @@ def draw_evaluations(runs: dict[str, dict[str, Result]], path: Path) -> None:
             axis.set(title=name, xlabel="step")
         axes[0, 0].set_ylabel("evaluations per solve")
         if axes[0, 0].get_legend_handles_labels()[0]:
-            axes[0, 0].legend()
+            axes[0, 0].legend(loc="upper right")
 
 
 def make_parser() -> Parser:
