@@ -94,11 +94,14 @@ class GaussianMixture(dist.TorchDistribution):
         return torch.stack(columns, -1)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """
+        Samples, stratified over the components, so that their shares vary as little as they can.
+
+        :param sample_shape: the shape of samples of the whole batch.
+        """
         shape = torch.Size(sample_shape) + self.batch_shape
-        size = shape.numel()
-        drawn = [part[torch.multinomial(self.log_weights[part].exp(), size, replacement=True)] for part in self._parts]
-        noise = torch.randn(size, self.event_shape[0]).to(self.locs)
-        return self.place(noise, torch.stack(drawn, -1)).view(*shape, -1)
+        noise = torch.randn(shape.numel(), self.event_shape[0]).to(self.locs)
+        return self.place(noise, self.stratify(shape.numel())).view(*shape, -1)
 
     def explain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""
