@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
@@ -28,7 +27,7 @@ from pyro_hollow.train.progress import Progress
 from .amortised_density import ConditionalDensity, Features, StackedMixture, stack
 from .calibration import Calibration, calibrate
 from .inference_data import inference_data
-from .posterior_given_data import PosteriorGivenData
+from .posterior_given_data import PosteriorGivenData, unpack
 from .saving import write
 from .simulation import Simulator, Site, drop_rows
 
@@ -294,8 +293,7 @@ class AmortisedPosterior(nn.Module):
         assert self._pairs is not None
         u, x = self._pairs
         with torch.no_grad():
-            parts = u.split([site.unconstrained_shape.numel() for site in self.sites], -1)
-            ladj = _log_determinants(self.sites, parts)
+            ladj = torch.stack([*unpack(self.sites, u)[1].values()]).sum(0)
             u = self.units(u)
         solver = Solver("dopri5", rtol=1e-4, atol=1e-4, compile=_compiles(compile))
         limit = settings.pop("time_limit")
@@ -539,16 +537,6 @@ def _parts(count: int) -> list[int]:
     """The sizes of the validation set and of the training set."""
     held = max(1, int(_VALIDATION * count))
     return [held, count - held]
-
-
-def _log_determinants(sites: Sequence[Site], parts: Sequence[Tensor]) -> Tensor:
-    """Log-determinants of the maps from the unconstrained space to the supports, with shape ``(n,)``."""
-    total = parts[0].new_zeros(len(parts[0]))
-    for site, part in zip(sites, parts, strict=True):
-        part, bijection = part.reshape(-1, *site.unconstrained_shape), biject_to(site.support)
-        term = bijection.log_abs_det_jacobian(part, bijection(part))
-        total = total + sum_rightmost(term, term.dim() - 1)
-    return total
 
 
 def _log_densities(distribution: Callable[[Tensor], Any], u: Tensor, x: Tensor) -> Tensor:

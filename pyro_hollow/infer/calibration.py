@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .inference_data import element_names
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -134,13 +135,5 @@ def calibrate(
         draws = own.sample((num_draws,))
         ranks.append((draws < rows).sum(0))
         density_ranks.append((own.log_prob(draws) > own.log_prob(rows)).sum(0))
-    return Calibration(torch.cat(ranks).cpu(), torch.cat(density_ranks).cpu(), num_draws, _names(theta))
-
-
-def _names(theta: Mapping[str, Tensor]) -> list[str]:
-    """A name for each element of the latents."""
-    found: list[str] = []
-    for name, value in theta.items():
-        for index in product(*map(range, value.shape[1:])):
-            found.append(f"{name}[{', '.join(map(str, index))}]" if index else name)
-    return found
+    names = [label for name, value in theta.items() for label in element_names(name, value.shape[1:])]
+    return Calibration(torch.cat(ranks).cpu(), torch.cat(density_ranks).cpu(), num_draws, names)

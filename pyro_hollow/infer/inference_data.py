@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import pyro
 from torch import Tensor
 
-__all__ = ["check_names", "import_arviz", "inference_data"]
+__all__ = ["check_names", "element_names", "import_arviz", "inference_data"]
 
 _MIN_CHAIN = 4  # draws in a chain, for fewer of which ArviZ computes no effective sample size
 
@@ -76,6 +77,17 @@ def _dataset(xarray: Any, values: Mapping[str, Tensor], chains: int | None) -> A
 def dimensions(name: str, count: int) -> list[str]:
     """Returns the names that ArviZ gives to the dimensions of a variable."""
     return [f"{name}_dim_{i}" for i in range(count)]
+
+
+def element_names(name: str, shape: Sequence[int]) -> Iterator[str]:
+    """
+    The names of the elements of a variable, as ArviZ shows them: "theta[0]", or the name itself for a scalar.
+
+    :param str name: the name of the variable.
+    :param shape: its shape.
+    """
+    for index in product(*map(range, shape)):
+        yield name + (f"[{', '.join(map(str, index))}]" if index else "")
 
 
 def check_names(values: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch.distributions import biject_to
 
 from .simulation import Site
 
-__all__ = ["PosteriorGivenData"]
+__all__ = ["PosteriorGivenData", "unpack"]
 
 _ONE = torch.Size()
 
@@ -92,16 +92,7 @@ class PosteriorGivenData(TorchDistribution):
 
         :param u: unconstrained latents with shape ``(*, d)``.
         """
-        values, ladjs = {}, {}
-        batch = u.shape[:-1]
-        parts = u.split([site.unconstrained_shape.numel() for site in self.sites], -1)
-        for site, part in zip(self.sites, parts, strict=True):
-            bijection = biject_to(site.support)
-            part = part.reshape((*batch, *site.unconstrained_shape))
-            values[site.name] = value = bijection(part)
-            term = bijection.log_abs_det_jacobian(part, value)
-            ladjs[site.name] = sum_rightmost(term, term.dim() - len(batch))
-        return values, ladjs
+        return unpack(self.sites, u)
 
     def _join(self, values: Mapping[str, Tensor]) -> Tensor:
         parts = [
@@ -115,6 +106,24 @@ class PosteriorGivenData(TorchDistribution):
             raise ValueError(f"value must have shape (*, {sum(sizes)}), but got {tuple(value.shape)}")
         parts = value.split(sizes, -1)
         return {s.name: part.reshape((*value.shape[:-1], *s.shape)) for s, part in zip(self.sites, parts, strict=True)}
+
+
+def unpack(sites: Sequence[Site], u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """
+    Values of sites, and the log-determinants of the maps to their supports, which have the shape of the batch.
+
+    :param sites: the sites.
+    :param u: unconstrained latents with shape ``(*, d)``.
+    """
+    values, ladjs = {}, {}
+    batch = u.shape[:-1]
+    for site, part in zip(sites, u.split([site.unconstrained_shape.numel() for site in sites], -1), strict=True):
+        bijection = biject_to(site.support)
+        part = part.reshape((*batch, *site.unconstrained_shape))
+        values[site.name] = value = bijection(part)
+        term = bijection.log_abs_det_jacobian(part, value)
+        ladjs[site.name] = sum_rightmost(term, term.dim() - len(batch))
+    return values, ladjs
 
 
 def _flat_support(site: Site) -> constraints.Constraint:

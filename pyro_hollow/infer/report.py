@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoContinuous, AutoNormal
 
 from .importance import limits
+from .inference_data import element_names
 
 __all__ = ["draw", "page"]
 
@@ -33,14 +34,8 @@ def _elements(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The draws of each element of the sites, by a name such as "theta[0]", of arrays with a dimension of draws."""
     result: dict[str, np.ndarray] = {}
     for name, each in values.items():
-        result.update(zip(_labels(name, each.shape[1:]), each.reshape(len(each), -1).T, strict=True))
+        result.update(zip(element_names(name, each.shape[1:]), each.reshape(len(each), -1).T, strict=True))
     return result
-
-
-def _labels(name: str, shape: tuple[int, ...]) -> Iterator[str]:
-    """The names of the elements of a site."""
-    for index in np.ndindex(shape):
-        yield name + (f"[{', '.join(map(str, index))}]" if index else "")
 
 
 def _draws(fit: Any, group: str) -> dict[str, np.ndarray]:
@@ -178,7 +173,7 @@ def _rows(
         mark = " *" if name in marked else ""
         each = numbers[name]
         shown = summary(each.reshape(len(each), size)[:, :count])
-        for label, values in zip(_labels(name, each.shape[1:]), shown.T, strict=False):
+        for label, values in zip(element_names(name, each.shape[1:]), shown.T, strict=False):
             lines.append((label + mark, "".join(f" {value:10.4g}" for value in values)))
         if 0 < count < size:
             lines.append((f"{name}[...]{mark}", f"  {size - count:,} more"))

@@ -14,7 +14,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_factor
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
@@ -288,11 +288,6 @@ class _Unobserved(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not _is_deterministic(msg):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
-
-
-def site_is_factor(site: Any) -> bool:
-    """True for a site of ``pyro.factor``."""
-    return type(site["fn"]).__name__ == "Unit"
 
 
 def _is_deterministic(site: Any) -> bool:
