@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -30,6 +31,7 @@ from .inference_data import inference_data
 from .posterior_given_data import PosteriorGivenData, unpack
 from .saving import write
 from .simulation import Simulator, Site, drop_rows
+from .soft_clip import SoftClip
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -40,7 +42,8 @@ _LEAST_ROWS = 20
 _VALIDATION = 0.1  # of the simulations
 _VALIDATE_EVERY, _PATIENCE = 100, 10
 _GAUSSIAN_STEPS = 1500
-_CONTEXT_DIM = 16
+_CONTEXT_DIM = 32
+_SHARPNESS = 40.0  # of the edges of latents with bounds
 _SCORED = 1000  # samples whose densities are computed at once
 
 
@@ -84,12 +87,14 @@ def fit_amortised(
     1.  The model is run num_simulations times: in a plate on the outside of its own if it gives the same there as
         alone, and else one by one, with a warning. Runs that raise an error and draws that are NaN or infinite are left
         out, with a warning that counts them.
-    2.  Latents are mapped to the unconstrained space by ``biject_to`` of their supports, so that the posterior has no
-        mass outside, and latents and data are standardised.
+    2.  Latents are mapped to the real line, so that the posterior has no mass outside of their supports: by
+        ``biject_to``, and those between two bounds by a map that is linear but near the bounds,
+        :class:`~pyro_hollow.infer.soft_clip.SoftClip`. Latents and data are standardised.
     3.  A Gaussian whose moments depend on the data is fitted, and then, by exact maximum likelihood, the same Gaussian
-        in front of which a Hollow-CNF with the data as context stands; every other flow goes without the Gaussian. A
-        tenth of the simulations is kept for the validation, whose best parameters are restored, and which weighs the
-        flows in the mixture that is the result.
+        in front of which a Hollow-CNF with the data as context stands, in half of the steps; a second flow goes without
+        the Gaussian. The third is like the better of the two, in all steps, and the others are like the best. A tenth
+        of the simulations is kept for the validation, which chooses, whose best parameters are restored, and which
+        weighs the flows in the mixture that is the result.
 
     :param model: a Pyro model with its prior and simulator; None to give pairs.
     :param args: positional arguments of the model.
@@ -257,16 +262,23 @@ class AmortisedPosterior(nn.Module):
         self.trainings: list[Training] = []
         self.seconds = 0.0
         self.flows = nn.ModuleList()
-        self.log_prob = float("nan")
+        self.log_prob = math.nan
 
     weights: Tensor
+    bounded: Tensor
+
+    @property
+    def _edges(self) -> SoftClip:
+        return SoftClip(self.bounded, _SHARPNESS)
 
     def _prepare_units(self) -> None:
         """Standardises, and tells of columns of the data that are constant."""
         assert self._pairs is not None
         u, x = self._pairs
+        bounded = [torch.full(s.unconstrained_shape, s.is_bounded).reshape(-1) for s in self.sites]
+        self.register_buffer("bounded", torch.cat(bounded).to(u.device))
         self.units = Standardization(u[0])
-        self.units.fit("theta", u)
+        self.units.fit("theta", self._edges.inv(u))
         columns = x.reshape(len(x), -1)
         constant = int((columns == columns[0]).all(0).sum())
         if constant:
@@ -293,22 +305,30 @@ class AmortisedPosterior(nn.Module):
         assert self._pairs is not None
         u, x = self._pairs
         with torch.no_grad():
-            ladj = torch.stack([*unpack(self.sites, u)[1].values()]).sum(0)
-            u = self.units(u)
+            clipped = self._edges.inv(u)
+            ladj = self._edges.log_abs_det_jacobian(clipped, u) + self.units.log_scale()
+            ladj = ladj + torch.stack([*unpack(self.sites, u)[1].values()]).sum(0)
+            u = self.units(clipped)
         solver = Solver("dopri5", rtol=1e-4, atol=1e-4, compile=_compiles(compile))
         limit = settings.pop("time_limit")
         deadline = None if limit is None else time.perf_counter() + limit
         held, used = torch.randperm(len(u), device=u.device).split(_parts(len(u)))
         exchangeable = None if self._simulator is None else self._simulator.exchangeable
+        tried: dict[_Plan, float] = {}
+        num_steps = settings.pop("num_steps")
         for k in range(num_flows):
+            plan = _next_plan(k, num_flows, num_steps, tried)
             own = embedding if k == 0 or embedding is None else _fresh(embedding)
             features = Features(x, own, exchangeable)
-            density = ConditionalDensity(u.shape[1], features, hidden_dims, _CONTEXT_DIM, solver, k % 2 == 0).to(u)
+            density = ConditionalDensity(u.shape[1], features, hidden_dims, _CONTEXT_DIM, solver, plan.shifts).to(u)
             left = None if deadline is None else max((deadline - time.perf_counter()) / (num_flows - k), 1e-3)
             label = f"flow {k + 1} of {num_flows}" if progress else False
-            training = _train_one(density, u, x, used, held, time_limit=left, progress=label, **settings)
+            training = _train_one(
+                density, u, x, used, held, num_steps=plan.num_steps, time_limit=left, progress=label, **settings
+            )
             self.flows.append(density)
             self.trainings.append(training)
+            tried[plan] = min((v for _, v in training.validations if not math.isnan(v)), default=math.inf)
             if training.stopped in ("time_limit", "interrupted"):
                 self.notes.append(f"training of flow {k + 1} was ended by {training.stopped}")
             self.notes += training.events
@@ -318,7 +338,7 @@ class AmortisedPosterior(nn.Module):
             densities = torch.stack([_log_densities(density, u[held], x[held]) for density in self.flows], -1)
             self.register_buffer("weights", stack(densities.double()).to(u))
             mixed = (densities + self.weights.log()).logsumexp(-1).mean()
-            self.log_prob = float(mixed - self.units.log_scale() - ladj[held].mean())
+            self.log_prob = float(mixed - ladj[held].mean())
         self._pairs = None
 
     def posterior(self, x: Tensor | Mapping[str, Tensor]) -> PosteriorGivenData:
@@ -351,9 +371,9 @@ class AmortisedPosterior(nn.Module):
 
     def _unconstrained(self, x: Tensor) -> Any:
         """The distribution of the unconstrained latents."""
-        affine = dist.transforms.AffineTransform(self.units.loc, self.units.scale, event_dim=1)
+        last = [dist.transforms.AffineTransform(self.units.loc, self.units.scale, event_dim=1), self._edges]
         made = [density(x) for density in self.flows]
-        parts = [dist.TransformedDistribution(each.base_dist, [*each.transforms, affine]) for each in made]
+        parts = [dist.TransformedDistribution(each.base_dist, [*each.transforms, *last]) for each in made]
         return parts[0] if len(parts) == 1 else StackedMixture(parts, self.weights)
 
     def inference_data(self, x: Tensor | Mapping[str, Tensor], num_samples: int = 4000) -> InferenceData:
@@ -516,6 +536,24 @@ class AmortisedGuide(AutoContinuous):
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the distribution of the unconstrained latents."""
         return self.amortised._unconstrained(self._data)
+
+
+class _Plan(NamedTuple):
+    """A density with a Gaussian behind its flow, or without, and the steps of its training."""
+
+    shifts: bool
+    num_steps: int
+
+
+def _next_plan(k: int, num_flows: int, num_steps: int, tried: Mapping[_Plan, float]) -> _Plan:
+    """
+    The plan of flow k, given the validation losses of earlier ones. Two short trainings find the better density, and a
+    full one whether it overfits; the others are like the best.
+    """
+    if k < 2:
+        return _Plan(k == 0, num_steps if num_flows <= 2 else -(-num_steps // 2))
+    best = min(tried, key=lambda plan: tried[plan])
+    return best._replace(num_steps=num_steps) if k == 2 else best
 
 
 def _fresh(embedding: nn.Module) -> nn.Module:

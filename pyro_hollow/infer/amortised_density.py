@@ -22,7 +22,7 @@ __all__ = ["ConditionalDensity", "Features", "Moments", "StackedMixture", "stack
 
 _ONE = torch.Size()
 
-_WIDTH = 64  # of the layers between features and the context of a flow
+_WIDTH = 128  # of the layers between features and the context of a flow
 _POINT_WIDTH = 16  # of the layers of single points
 _CORRELATED = 8  # the most columns of points whose correlations are features
 _TINY = 1e-4  # the least scale of points, in units of the data

@@ -49,6 +49,14 @@ class Site:
         """The shape of the value in the unconstrained space."""
         return torch.Size(biject_to(self.support).inverse_shape(self.shape))
 
+    @property
+    def is_bounded(self) -> bool:
+        """True for elements between two bounds."""
+        own: Any = self.support
+        while isinstance(own, constraints.independent):
+            own = own.base_constraint
+        return isinstance(own, (constraints.interval, constraints.half_open_interval))
+
     def check(self, value: Tensor) -> None:
         """Refuses discrete sites, and supports to which there is no bijection."""
         if self.support.is_discrete or not value.is_floating_point():

@@ -16,6 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_hollow import AmortisedPosterior, diagnose, fit_amortised
+from pyro_hollow.infer.amortised import _next_plan, _Plan
 from pyro_hollow.infer.amortised_density import Moments, StackedMixture, stack
 from pyro_hollow.infer.calibration import calibrate
 from pyro_hollow.infer.simulation import Simulator
@@ -111,6 +112,26 @@ def test_no_mass_outside_of_hard_edges(quick):
     assert posterior.log_prob(outside) == -math.inf
 
 
+def test_elements_between_two_bounds(quick):
+    assert quick.bounded.tolist() == [True, True, False, False]  # theta, and two unconstrained shares
+
+
+def test_draws_have_the_density_of_the_unconstrained_ones(quick):
+    posterior = quick.posterior(torch.tensor([0.5, 3.0, 0.2, 0.3, 0.5]))
+    u = posterior.base.sample((50,))
+    values, ladjs = posterior.unpack(u)
+    assert_close(posterior.log_prob(values), posterior.base.log_prob(u) - sum(ladjs.values()), rtol=1e-5, atol=1e-5)
+
+
+def test_plans_of_the_flows():
+    first, second = _Plan(True, 50), _Plan(False, 50)
+    assert [_next_plan(k, 4, 99, {}) for k in (0, 1)] == [first, second]
+    assert _next_plan(2, 4, 99, {first: 1.0, second: 0.5}) == _Plan(False, 99)
+    assert _next_plan(3, 4, 99, {first: 1.0, second: 0.5, _Plan(False, 99): 0.7}) == second
+    assert _next_plan(3, 4, 99, {first: 1.0, second: 0.5, _Plan(False, 99): 0.4}) == _Plan(False, 99)
+    assert _next_plan(0, 1, 99, {}) == _Plan(True, 99)
+
+
 def test_save_and_load(fitted, tmp_path):
     fitted.save(tmp_path / "posterior.pt")
     loaded = AmortisedPosterior.load(tmp_path / "posterior.pt")
@@ -159,7 +180,7 @@ def test_guide_is_trained_by_svi(fitted):
     guide = copy.deepcopy(fitted).guide(x, conjugate)
     exact = -dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1.0).log_prob(x).item()
     svi = SVI(conjugate, guide, Adam({"lr": 1e-3}), Trace_ELBO(num_particles=16, vectorize_particles=True))
-    losses = [svi.step(x) for _ in range(60)]
+    losses = [svi.step(x) for _ in range(150)]
     assert sum(losses[-20:]) / 20 == pytest.approx(exact, abs=0.02)
 
 
