@@ -12,7 +12,11 @@ TORCH_INDEX ?=
 NUMPYRO_VENV := .venv-numpyro
 NUMPYRO ?= numpyro==0.22.0 jax==0.10.2 jaxlib==0.10.2
 
-.PHONY: vae test test-slow lint bench tutorials docs numpyro clean
+# The sbi package for `python -m pyro_hollow.experiments.sbi --peer ...`.
+SBI_VENV := .venv-sbi
+SBI ?= sbi==0.27.0
+
+.PHONY: vae test test-slow lint bench tutorials docs numpyro sbi clean
 
 vae: $(VENV)/vae.done
 	$(BIN)/python -m pyro_hollow.experiments.vae table --data digits
@@ -45,8 +49,16 @@ $(NUMPYRO_VENV)/numpyro.done:
 	$(NUMPYRO_VENV)/bin/python -m pip install --quiet $(NUMPYRO)
 	touch $@
 
+sbi: $(SBI_VENV)/sbi.done
+
+$(SBI_VENV)/sbi.done:
+	$(PYTHON) -m venv $(SBI_VENV)
+	$(SBI_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
+	$(SBI_VENV)/bin/python -m pip install --quiet $(SBI)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(NUMPYRO_VENV) build results
+	rm -rf $(VENV) $(NUMPYRO_VENV) $(SBI_VENV) build results
 
 $(VENV)/python.done:
 	@echo "Installing $(TORCH) from $(or $(TORCH_INDEX),pip's package index)."

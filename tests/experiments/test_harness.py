@@ -70,9 +70,12 @@ print(json.dumps([imported, ended]))
 """
 
 
+ELSEWHERE = ("numpyro_peers", "sbi_peers")  #: programs for other environments.
+
+
 def test_a_missing_extra_is_named():
     hidden = "arviz lightning matplotlib pooch sklearn statsmodels tensorboard yaml"
-    modules = [path.stem for path in EXPERIMENTS.glob("[!_]*.py") if path.stem != "numpyro_peers"]  # elsewhere
+    modules = [path.stem for path in EXPERIMENTS.glob("[!_]*.py") if path.stem not in ELSEWHERE]
     command = [sys.executable, "-c", WITHOUT_EXTRAS, hidden, " ".join(modules), " ".join(NEEDS)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     imported, ended = json.loads(output.splitlines()[-1])
