@@ -20,7 +20,7 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from pyro_hollow.nn.standardization import Standardization, check_finite
+from pyro_hollow.nn.standardization import check_finite, location_and_scale
 from pyro_hollow.ode import Solver
 from pyro_hollow.train import MaximumLikelihood, Training, train
 from pyro_hollow.train.progress import Progress
@@ -31,7 +31,6 @@ from .inference_data import inference_data
 from .posterior_given_data import PosteriorGivenData, unpack
 from .saving import write
 from .simulation import Simulator, Site, drop_rows
-from .soft_clip import SoftClip
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -43,7 +42,6 @@ _VALIDATION = 0.1  # of the simulations
 _VALIDATE_EVERY, _PATIENCE = 100, 10
 _GAUSSIAN_STEPS = 1500
 _CONTEXT_DIM = 32
-_SHARPNESS = 40.0  # of the edges of latents with bounds
 _SCORED = 1000  # samples whose densities are computed at once
 
 
@@ -88,8 +86,8 @@ def fit_amortised(
         alone, and else one by one, with a warning. Runs that raise an error and draws that are NaN or infinite are left
         out, with a warning that counts them.
     2.  Latents are mapped to the real line, so that the posterior has no mass outside of their supports: by
-        ``biject_to``, and those between two bounds by a map that is linear but near the bounds,
-        :class:`~pyro_hollow.infer.soft_clip.SoftClip`. Latents and data are standardised.
+        ``biject_to``, and those between two bounds by maps that are as linear between them as the data ask
+        for, :class:`~pyro_hollow.infer.soft_clip.SoftClip`. Latents and data are standardised.
     3.  A Gaussian whose moments depend on the data is fitted, and then, by exact maximum likelihood, the same Gaussian
         in front of which a Hollow-CNF with the data as context stands, in half of the steps; a second flow goes without
         the Gaussian. The third is like the better of the two, in all steps, and the others are like the best. A tenth
@@ -258,27 +256,19 @@ class AmortisedPosterior(nn.Module):
             u, x = u[kept], {name: value[kept] for name, value in x.items()}
             self.num_simulations = len(u)
         self._pairs: tuple[Tensor, Tensor] | None = (u, self._joined(x))
-        self._prepare_units()
+        location_and_scale("theta", u)  # refuses latents that are constant
+        self._tell_of_constants()
         self.trainings: list[Training] = []
         self.seconds = 0.0
         self.flows = nn.ModuleList()
         self.log_prob = math.nan
 
     weights: Tensor
-    bounded: Tensor
 
-    @property
-    def _edges(self) -> SoftClip:
-        return SoftClip(self.bounded, _SHARPNESS)
-
-    def _prepare_units(self) -> None:
-        """Standardises, and tells of columns of the data that are constant."""
+    def _tell_of_constants(self) -> None:
+        """Warns of columns of the data that are constant."""
         assert self._pairs is not None
-        u, x = self._pairs
-        bounded = [torch.full(s.unconstrained_shape, s.is_bounded).reshape(-1) for s in self.sites]
-        self.register_buffer("bounded", torch.cat(bounded).to(u.device))
-        self.units = Standardization(u[0])
-        self.units.fit("theta", self._edges.inv(u))
+        _, x = self._pairs
         columns = x.reshape(len(x), -1)
         constant = int((columns == columns[0]).all(0).sum())
         if constant:
@@ -305,10 +295,8 @@ class AmortisedPosterior(nn.Module):
         assert self._pairs is not None
         u, x = self._pairs
         with torch.no_grad():
-            clipped = self._edges.inv(u)
-            ladj = self._edges.log_abs_det_jacobian(clipped, u) + self.units.log_scale()
-            ladj = ladj + torch.stack([*unpack(self.sites, u)[1].values()]).sum(0)
-            u = self.units(clipped)
+            ladj = torch.stack([*unpack(self.sites, u)[1].values()]).sum(0)
+        bounded = torch.cat([torch.full(s.unconstrained_shape, s.is_bounded).reshape(-1) for s in self.sites])
         solver = Solver("dopri5", rtol=1e-4, atol=1e-4, compile=_compiles(compile))
         limit = settings.pop("time_limit")
         deadline = None if limit is None else time.perf_counter() + limit
@@ -320,7 +308,7 @@ class AmortisedPosterior(nn.Module):
             plan = _next_plan(k, num_flows, num_steps, tried)
             own = embedding if k == 0 or embedding is None else _fresh(embedding)
             features = Features(x, own, exchangeable)
-            density = ConditionalDensity(u.shape[1], features, hidden_dims, _CONTEXT_DIM, solver, plan.shifts).to(u)
+            density = ConditionalDensity(u, bounded, features, hidden_dims, _CONTEXT_DIM, solver, plan.shifts).to(u)
             left = None if deadline is None else max((deadline - time.perf_counter()) / (num_flows - k), 1e-3)
             label = f"flow {k + 1} of {num_flows}" if progress else False
             training = _train_one(
@@ -356,7 +344,7 @@ class AmortisedPosterior(nn.Module):
         if set(values) != set(self._x_shapes):
             raise ValueError(f"x must have the sites {list(self._x_shapes)}, but has {list(values)}")
         for name, shape in self._x_shapes.items():
-            value = torch.as_tensor(values[name]).to(self.units.loc)
+            value = torch.as_tensor(values[name]).to(self.weights)
             if value.shape[value.dim() - len(shape) :] != shape or value.dim() < len(shape):
                 raise ValueError(
                     f"x must have shape (*, {', '.join(map(str, shape))}) at {name!r}, but has {tuple(value.shape)}"
@@ -371,9 +359,7 @@ class AmortisedPosterior(nn.Module):
 
     def _unconstrained(self, x: Tensor) -> Any:
         """The distribution of the unconstrained latents."""
-        last = [dist.transforms.AffineTransform(self.units.loc, self.units.scale, event_dim=1), self._edges]
-        made = [density(x) for density in self.flows]
-        parts = [dist.TransformedDistribution(each.base_dist, [*each.transforms, *last]) for each in made]
+        parts = [density(x) for density in self.flows]
         return parts[0] if len(parts) == 1 else StackedMixture(parts, self.weights)
 
     def inference_data(self, x: Tensor | Mapping[str, Tensor], num_samples: int = 4000) -> InferenceData:
@@ -464,7 +450,7 @@ class AmortisedPosterior(nn.Module):
             else:
                 thetas = dict(theta) if isinstance(theta, Mapping) else {self.sites[0].name: theta}
                 xs = dict(x) if isinstance(x, Mapping) else {next(iter(self._x_shapes)): x}
-            thetas, xs, _ = drop_rows({n: v.to(self.units.loc) for n, v in thetas.items()}, dict(xs))
+            thetas, xs, _ = drop_rows({n: v.to(self.weights) for n, v in thetas.items()}, dict(xs))
             return calibrate(self.posterior, thetas, xs, num_draws)
 
     def save(self, path: str | Path) -> None:

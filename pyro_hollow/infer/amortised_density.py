@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from pyro_hollow.nn.standardization import Standardization
 from pyro_hollow.ode import Solver
 from pyro_hollow.transforms import ConditionalHollowCNF, conditional_hollow_cnf
 
+from .soft_clip import SoftClip
+
 __all__ = ["ConditionalDensity", "Features", "Moments", "StackedMixture", "stack"]
 
 _ONE = torch.Size()
@@ -25,6 +28,7 @@ _ONE = torch.Size()
 _WIDTH = 128  # of the layers between features and the context of a flow
 _POINT_WIDTH = 16  # of the layers of single points
 _CORRELATED = 8  # the most columns of points whose correlations are features
+_SHARPNESS, _LOG_SHARPNESS = 20.0, (-1.0, 5.0)  # of the edges at the start, and its range
 _TINY = 1e-4  # the least scale of points, in units of the data
 
 
@@ -124,10 +128,13 @@ def _layers(sizes: Sequence[int]) -> nn.Sequential:
 
 class ConditionalDensity(nn.Module):
     r"""
-    The density of :math:`u = m(c) + s(c) \odot T(z; c)` for a standard normal z, a Hollow-CNF T and features c of the
-    data; the mean m is a linear map plus a network. Or that of :math:`u = T(z; c)`.
+    The density of :math:`u = e(m(c) + s(c) \odot T(z; c))` for a standard normal z, a Hollow-CNF T and features c of
+    the data; the mean m is a linear map plus a network. Or that of :math:`u = e(T(z; c))`. The map e leaves standard
+    units; of elements with two bounds, it is a :class:`~pyro_hollow.infer.soft_clip.SoftClip`, too, whose sharpness
+    depends on c.
 
-    :param int dim: the size of u.
+    :param Tensor u: samples of u with shape ``(n, d)``, whose location and scale are kept.
+    :param Tensor bounded: the elements with two bounds, of which u has the logit, with shape ``(d,)``.
     :param Features features: makes c of the data.
     :param hidden_dims: the widths of the flow's conditioner; None for its default.
     :param context_dim: the size of the flow's context.
@@ -137,7 +144,8 @@ class ConditionalDensity(nn.Module):
 
     def __init__(
         self,
-        dim: int,
+        u: Tensor,
+        bounded: Tensor,
         features: Features,
         hidden_dims: Sequence[int] | None,
         context_dim: int,
@@ -145,7 +153,16 @@ class ConditionalDensity(nn.Module):
         shifts: bool = True,
     ) -> None:
         super().__init__()
-        self.dim, self.features, self.shifts = dim, features, shifts
+        self.features, self.shifts = features, shifts
+        self.dim = dim = u.shape[1]
+        self.register_buffer("bounded", bounded)
+        self.units = Standardization(u[0])
+        self.units.fit("theta", SoftClip(bounded, torch.full_like(u[0], _SHARPNESS)).inv(u))
+        self.edges = _layers([features.size, _WIDTH, dim]) if bool(bounded.any()) else None
+        if self.edges is not None:
+            with torch.no_grad():
+                self.edges[-1].weight.zero_()  # type: ignore[operator]
+                self.edges[-1].bias.fill_(math.log(_SHARPNESS))  # type: ignore[operator]
         self.context = _layers([features.size, _WIDTH, _WIDTH, context_dim])
         if shifts:
             self.moments = _layers([features.size, _WIDTH, _WIDTH, 2 * dim])
@@ -155,6 +172,8 @@ class ConditionalDensity(nn.Module):
                 self.moments[-1].bias.zero_()  # type: ignore[operator]
         self.flow: ConditionalHollowCNF = conditional_hollow_cnf(dim, context_dim, hidden_dims, solver=solver)
 
+    bounded: Tensor
+
     def _affine(self, features: Tensor) -> list[Any]:
         if not self.shifts:
             return []
@@ -163,7 +182,11 @@ class ConditionalDensity(nn.Module):
 
     def _made(self, features: Tensor, transforms: list[Any]) -> Any:
         base = dist.Normal(features.new_zeros(*features.shape[:-1], self.dim), 1.0).to_event(1)
-        return TransformedDistribution(base, transforms)
+        last: list[Any] = [AffineTransform(self.units.loc, self.units.scale, event_dim=1)]
+        if self.edges is not None:
+            sharpness = self.edges(features).clamp(*_LOG_SHARPNESS).exp()
+            last.append(SoftClip(self.bounded, sharpness))
+        return TransformedDistribution(base, [*transforms, *last])
 
     def gaussian(self, x: Tensor) -> Any:
         """The distribution without the flow, given data with shape ``(*, *x_shape)``."""

@@ -113,7 +113,7 @@ def test_no_mass_outside_of_hard_edges(quick):
 
 
 def test_elements_between_two_bounds(quick):
-    assert quick.bounded.tolist() == [True, True, False, False]  # theta, and two unconstrained shares
+    assert quick.flows[0].bounded.tolist() == [True, True, False, False]  # theta, and two unconstrained shares
 
 
 def test_draws_have_the_density_of_the_unconstrained_ones(quick):
