@@ -30,6 +30,7 @@ The process "fertility" needs statsmodels. Finished runs are kept and reused.
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 import warnings
@@ -199,7 +200,7 @@ def fit_transitions(times: Tensor, sde: DiagonalSDE, z: Tensor, config: Config) 
 
 
 def learn_gradient_flow(process: Process, x: Tensor, scale: Scale, config: Config) -> tuple[DiagonalSDE, str]:
-    """The equation of a gradient flow for standardised coordinates, from samples in the units of the data; its report."""
+    """The equation of a gradient flow for standardised coordinates, from samples in the units of the data; a report."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are in the report
         found = fit_gradient_flow(process.times, x, same_particles=True, seed=config.seed)
@@ -466,16 +467,18 @@ def make_parser() -> harness.Parser:
     return parser
 
 
+def _run_gradient_flows(args: argparse.Namespace) -> None:
+    configs = sde_gradient_flow.configs(args.potential, args.particles, args.gap, args.dim, args.seed, args.size)
+    bar = harness.Progress(configs, desc="gradient flows")
+    print(sde_gradient_flow.format_results([sde_gradient_flow.run(c, args.output, args.force) for c in bar]))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
     parser = make_parser()
     args = parser.begin(argv)
     if args.gradient_flow:
-        runs = sde_gradient_flow.configs(args.potential, args.particles, args.gap, args.dim, args.seed, args.size)
-        found = [
-            sde_gradient_flow.run(c, args.output, args.force) for c in harness.Progress(runs, desc="gradient flows")
-        ]
-        print(sde_gradient_flow.format_results(found), flush=True)
+        _run_gradient_flows(args)
         return
     torch.set_flush_denormal(True)  # responsibilities of far components
     tables: dict[str, Runs] = {}
