@@ -43,8 +43,8 @@ FEWEST, MISFIT = 50, 1.5
 #: The ratio of the ends of an interval, and chi^2 per moment, up to which a variance counts as identified.
 BOUNDED, WRONG = 2.0, 2.0
 #: Factors by which the two starts of the assignments differ from the variance of the moments, and by which their
-#: results may differ from each other.
-EM_STARTS, EM_SPREAD = (2.0, 0.5), 1.1
+#: results may differ from each other, and from the interval of the moments.
+EM_STARTS, EM_SPREAD, OUTSIDE = (2.0, 0.5), 1.2, 1.25
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _estimate(
     if chi2 > MISFIT:
         notes.append(f"chi^2 per moment is {chi2:.1f}: the model does not fit, or the fit ended in a wrong optimum")
     if data.overlap:
-        estimate, more = _assign(data, estimate, high, report)
+        estimate, more = _assign(data, estimate, low, high, report)
         notes += more
     if not _identified(low, high, chi2):
         notes.append("the data do not identify the variance of the noise; see variance_interval")
@@ -268,7 +268,7 @@ def _identified(low: Tensor, high: Tensor, chi2: float) -> bool:
 
 
 def _assign(
-    data: Snapshots, estimate: Estimate, high: Tensor, report: Callable[[str], object]
+    data: Snapshots, estimate: Estimate, low: Tensor, high: Tensor, report: Callable[[str], object]
 ) -> tuple[Estimate, list[str]]:
     """Expectation-maximisation from a high and a low start, with checks; the estimate of the moments if they fail."""
     plan, found = make_plan(data, estimate), []
@@ -283,7 +283,9 @@ def _assign(
             f"starts of the assignments from a higher and a lower variance end at variances whose ratio is "
             f"{math.exp(ratio):.2f}; the likelier one was taken"
         )
-    if bool((best.v > 1.5 * high).any()):
+    if bool((best.v < low / OUTSIDE).any()):
+        notes.append("assignments of particles ask for less noise than their distributions do; the model may not fit")
+    if bool((best.v > high * OUTSIDE).any()):
         notes.append(
             "assignments of particles ask for far more noise than their distributions do, as those of fresh particles "
             "would; the estimate from the distributions was kept (are the particles the same at all times?)"

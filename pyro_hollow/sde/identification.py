@@ -25,7 +25,7 @@ LINEAR_CAP, LOWEST = 4.0, 0.5
 #: the samples of each time that they see.
 START_FACTORS, START_VARIANCES, NUM_STARTS, START_SIZE = (1.0, 2.0, 4.0, 8.0), (0.1, 0.01), 3, 700
 #: Frequencies of a gap and of all gaps, and samples for each frequency, at most.
-MOST_WAVES, ALL_WAVES, SAMPLES_PER_WAVE = 60, 240, 8
+MOST_WAVES, ALL_WAVES, SAMPLES_PER_WAVE = 60, 240, 20
 #: Growth, and change of the Hessian along a path, times the length of a step.
 MODERATE = 1.5
 #: The rise of the profile at the ends of the interval: the 97.5 % quantile of chi^2 with one degree of freedom, as the
