@@ -28,10 +28,10 @@ START_FACTORS, START_VARIANCES, NUM_STARTS, START_SIZE = (1.0, 2.0, 4.0, 8.0), (
 MOST_WAVES, ALL_WAVES, SAMPLES_PER_WAVE = 60, 240, 20
 #: Growth, and change of the Hessian along a path, times the length of a step.
 MODERATE = 1.5
-#: The rise of the profile at the ends of the interval: the 97.5 % quantile of chi^2 with one degree of freedom, as the
-#: 95 % quantile covers too seldom where covariance and ridge come from the same data. And how far the profile is
-#: followed, by factors of the variance.
-THRESHOLD, FACTORS = 5.02, (1.15, 1.4, 1.8, 2.5, 4.0, 7.0, 12.0, 20.0)
+#: Of the profile: steps of Gauss-Newton at each point; its rise at the ends of the interval, the 97.5 % quantile
+#: of chi^2 with one degree of freedom, as the 95 % quantile covers too seldom where covariance and ridge come from the
+#: same data; and how far it is followed, by factors of the variance.
+PROFILE_STEPS, THRESHOLD, FACTORS = 5, 5.02, (1.15, 1.4, 1.8, 2.5, 4.0, 7.0, 12.0, 20.0)
 
 
 def draw_waves(y: Tensor, cap: float, gaps: int, generator: torch.Generator) -> Tensor:
@@ -188,7 +188,7 @@ def _refit(objective: Objective, near: Estimate, index: int, value: float) -> Es
     starts = [replace(near, v=v), replace(near, c=near.c * value / float(near.v[index]), v=v)]
     losses = [fit_moments(objective, start, steps=0).loss for start in starts]
     start = starts[losses.index(min(losses))]
-    return fit_moments(objective, start, steps=8, held=index, evidence=False)
+    return fit_moments(objective, start, steps=PROFILE_STEPS, held=index, evidence=False)
 
 
 def _crossing(values: list[float], excess: list[float], threshold: float) -> float | None:

@@ -16,8 +16,9 @@ __all__ = ["PotentialBasis"]
 
 #: The total degree of the polynomials, and the dimension from which on they are sums over axes and pairs of axes.
 DEGREE, ADDITIVE_DIM = 4, 5
-#: Frequencies along each axis, in half waves over the range of the data, and directions of random cosines.
-HALF_WAVES, RANDOM_COSINES = 14, 120
+#: Frequencies along each axis, in half waves over the range of the data, those of sums over axes, and directions of
+#: random cosines.
+HALF_WAVES, ADDITIVE_HALF_WAVES, RANDOM_COSINES = 14, 10, 120
 
 
 class PotentialBasis:
@@ -56,9 +57,10 @@ class PotentialBasis:
 
     def _draw_waves(self, d: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """Frequencies with shape ``(m, d)``, phases and bands: three along the axes, three in random directions."""
-        halves = torch.arange(1, HALF_WAVES + 1).to(self.loc)
+        count = HALF_WAVES if d < ADDITIVE_DIM else ADDITIVE_HALF_WAVES
+        halves = torch.arange(1, count + 1).to(self.loc)
         axes = torch.einsum("k,ij->kij", halves, torch.diag(math.pi / (2 * self.radius))).flatten(0, 1)
-        third = ((torch.arange(HALF_WAVES) * 3) // HALF_WAVES).repeat_interleave(d) + 1
+        third = ((torch.arange(count) * 3) // count).repeat_interleave(d) + 1
         shift = (axes * self.middle).sum(-1)
         waves, phases, bands = [axes, axes], [-shift, -shift - math.pi / 2], [third, third]
         if 2 <= d < ADDITIVE_DIM:

@@ -203,7 +203,8 @@ def fit_moments(
 ) -> Estimate:  # fmt: skip
     """
     Gauss-Newton on the whitened moments, whose covariance is evaluated anew in each step, with a ridge that the
-    evidence chooses for each band of functions.
+    evidence chooses for each band of functions. For the same particles the covariance is proportional to the variances,
+    which are scaled in each step so that chi^2 is the number of degrees of freedom.
 
     :param objective: the moments.
     :param start: where to start.
@@ -217,45 +218,65 @@ def fit_moments(
     free = torch.ones(len(v), dtype=torch.bool)
     if held is not None:
         free[held] = False
+    scaled = bool(objective.data.overlap) and held is None
+    if scaled:  # the moments' covariance tells more about the variances than the moments do, and Gauss-Newton holds it
+        free[:] = False
     best, damping = start, 0.0
     for step in range(steps + 1):
         last = step == steps or (best.converged and best is not start)
         g, covariance, jacobian = objective.linearise(c, v, not last)
         factor = torch.linalg.cholesky(objective.crude_covariance() if crude else covariance)
-        white = lambda a, f=factor: torch.linalg.solve_triangular(f, a, upper=False)  # noqa: E731
-        r = white(g.unsqueeze(-1)).squeeze(-1)
+        r = _whiten(factor, g)
         chi2 = float(r @ r)
-        loss = chi2 + float(precision @ c.square())
         logdet = 2 * float(factor.diagonal().log().sum()) if objective.data.overlap else 0.0
+        loss = chi2 + float(precision @ c.square())
         best = replace(best, c=c, v=v, precision=precision, chi2=chi2, loss=loss + logdet)
         if last:
             break
-        jw = white(jacobian[:, torch.cat([torch.ones(len(c), dtype=torch.bool), free])])
-        ridge = torch.cat([precision, torch.zeros(int(free.sum()), dtype=torch.float64)])
-        normal = jw.T @ jw
-        gradient = jw.T @ r
-        gradient[: len(c)] += precision * c
-        c_new, v_new, new_loss = c, v, loss
-        for _ in range(MAX_DAMPINGS):
-            damped = normal + torch.diag(ridge + (damping + 1e-10) * normal.diagonal())
-            root = torch.linalg.cholesky(damped)
-            delta = -torch.cholesky_solve(gradient.unsqueeze(-1), root).squeeze(-1)
-            c_try, v_try = c + delta[: len(c)], v.clone()
-            v_try[free] = torch.clamp(v[free] + delta[len(c) :], v[free] / 3, v[free] * 3)
-            error = white(objective.residual(c_try, v_try).unsqueeze(-1))
-            try_loss = float(error.square().sum() + precision @ c_try.square())
-            if try_loss < loss:
-                c_new, v_new, new_loss = c_try, v_try, try_loss
-                damping = damping / 10 if damping > 1e-4 else 0.0
-                break
-            damping = max(4 * damping, 1e-3)
+        slopes = _whiten(factor, jacobian[:, torch.cat([torch.ones(len(c), dtype=torch.bool), free])])
+        c, v, root, new_loss, damping = _step(objective, best, factor, r, slopes, free, damping)
         best = replace(best, converged=loss - new_loss < tolerance)
+        penalty = float(precision @ c.square())
         if evidence:
             posterior = torch.cholesky_inverse(root).diagonal()[: len(c)]
-            precision, effective = update_ridge(objective.data.basis, precision, c_new, posterior)
+            precision, effective = update_ridge(objective.data.basis, precision, c, posterior)
             best = replace(best, effective=effective)
-        c, v = c_new, v_new
+        if scaled:
+            ratio = (new_loss - penalty) / max(objective.count - best.effective, objective.count / 4)
+            v = v * min(max(ratio, 1 / 3), 3.0)
+            best = replace(best, converged=best.converged and abs(math.log(ratio)) < 0.02)
     return best
+
+
+def _whiten(factor: Tensor, a: Tensor) -> Tensor:
+    columns = a if a.dim() == 2 else a.unsqueeze(-1)
+    return torch.linalg.solve_triangular(factor, columns, upper=False).view(a.shape)
+
+
+def _step(
+    objective: Objective, at: Estimate, factor: Tensor, r: Tensor, slopes: Tensor, free: Tensor, damping: float
+) -> tuple[Tensor, Tensor, Tensor, float, float]:
+    """
+    A damped Gauss-Newton step for whitened moments r: coefficients and variances, the factor of the normal matrix, the
+    loss for the same covariance, and the next damping.
+    """
+    c, v, precision = at.c, at.v, at.precision
+    size, loss = len(c), float(r @ r + precision @ c.square())
+    ridge = torch.cat([precision, torch.zeros(int(free.sum()), dtype=torch.float64)])
+    normal = slopes.T @ slopes
+    gradient = slopes.T @ r
+    gradient[:size] += precision * c
+    for _ in range(MAX_DAMPINGS):
+        root = torch.linalg.cholesky(normal + torch.diag(ridge + (damping + 1e-10) * normal.diagonal()))
+        delta = -torch.cholesky_solve(gradient.unsqueeze(-1), root).squeeze(-1)
+        c_new, v_new = c + delta[:size], v.clone()
+        v_new[free] = torch.clamp(v[free] + delta[size:], v[free] / 3, v[free] * 3)
+        error = _whiten(factor, objective.residual(c_new, v_new))
+        new = float(error @ error + precision @ c_new.square())
+        if new < loss:
+            return c_new, v_new, root, new, damping / 10 if damping > 1e-4 else 0.0
+        damping = max(4 * damping, 1e-3)
+    return c, v, root, loss, damping
 
 
 def update_ridge(basis: PotentialBasis, precision: Tensor, c: Tensor, posterior: Tensor) -> tuple[Tensor, float]:
