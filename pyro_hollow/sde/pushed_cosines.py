@@ -230,6 +230,13 @@ def fit_moments(
         chi2 = float(r @ r)
         logdet = 2 * float(factor.diagonal().log().sum()) if objective.data.overlap else 0.0
         loss = chi2 + float(precision @ c.square())
+        if (
+            scaled and step and loss + logdet > best.loss + 1
+        ):  # scaling has left the basin: back, with the variance held
+            c, v, scaled = best.c, best.v, False
+            if not last:
+                continue
+            return best
         best = replace(best, c=c, v=v, precision=precision, chi2=chi2, loss=loss + logdet)
         if last:
             break

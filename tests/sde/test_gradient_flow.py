@@ -255,6 +255,7 @@ def test_equilibrium_is_not_identified():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # so few particles do not identify the variance to a factor of 2
 def test_same_particles_with_some_missing():
     t = [0.0, 0.05, 0.1]
     x = torch.stack(ou_samples(t, 300, d=2, same=True))
@@ -271,9 +272,8 @@ def test_diagonal_diffusion():
     first, second = ou_samples(TIMES, 1500), ou_samples(TIMES, 1500, variance=1.5, theta=1.0)
     x = [torch.cat(pair, -1) for pair in zip(first, second, strict=True)]
     fit = fit_gradient_flow(TIMES, x, diagonal=True, seed=0, progress=False)
-    low, high = fit.variance_interval
-    assert fit.variance.shape == (2,) and fit.variance[1] > 1.5 * fit.variance[0]
-    assert ((low < torch.tensor([0.5, 1.5])) & (torch.tensor([0.5, 1.5]) < high)).all()
+    assert fit.variance.shape == fit.variance_interval[0].shape == (2,) and fit.identified
+    assert_close(fit.variance, torch.tensor([0.5, 1.5]), rtol=0.15, atol=0)
     assert "coordinate 1" in str(fit)
 
 
