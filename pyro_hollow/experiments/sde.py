@@ -11,6 +11,8 @@ Ways to learn, none of which is tuned for a process:
   data's standard deviation over the square root of the span of time.
 - known-noise: the same, with the true diffusion given.
 - gradient: the same, with the drift made the gradient of a potential, free of time, as well.
+- gradient-flow: potential and constant noise together, by fit_gradient_flow, with the samples at all times taken for
+  the same particles in unknown order.
 - transitions: the same networks by maximum likelihood of Euler-Maruyama transitions between neighbouring times, for
   which the paths must be known; those that are simulated at ten times as many times, for smaller steps.
 
@@ -20,13 +22,18 @@ sample of the true process of the same size, which tells what a perfect equation
 
     python -m pyro_hollow.experiments.sde
 
+With ``--gradient-flow`` potentials of a benchmark are simulated instead, to see how well fit_gradient_flow finds drift
+and noise, and where it says that it cannot.
+
 The process "fertility" needs statsmodels. Finished runs are kept and reused.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,15 +43,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_hollow.experiments import harness
+from pyro_hollow.experiments import harness, sde_gradient_flow
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.sde_processes import PROCESSES, Process, divide, load
 from pyro_hollow.experiments.two_sample import energy_distance, energy_test, sliced_wasserstein
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ops import field_derivatives
-from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching, GaussianMixtureMarginals, fit, fokker_planck_rhs
+from pyro_hollow.sde import (
+    DiagonalSDE,
+    FokkerPlanckMatching,
+    GaussianMixtureMarginals,
+    fit,
+    fit_gradient_flow,
+    fokker_planck_rhs,
+)
 
-METHODS = ("matching", "known-noise", "gradient", "transitions")
+METHODS = ("matching", "known-noise", "gradient", "gradient-flow", "transitions")
 LEARNING_RATE, BATCH_SIZE, WEIGHT = 1e-2, 256, 0.01
 #: Beyond this dimension a step by plain autograd takes minutes and many gigabytes.
 PLAIN_LIMIT = 16
@@ -83,6 +97,7 @@ class Result:
     seconds: float = math.nan  #: of training.
     #: steps, negative log-likelihoods and residuals, means over a fiftieth of the steps each.
     history: list[list[float]] = field(default_factory=list)
+    report: str = ""  #: what a fit of a gradient flow says of itself.
 
 
 @dataclass
@@ -135,6 +150,13 @@ def make_sde(process: Process, config: Config, dim: int, scale: Scale) -> Diagon
     return DiagonalSDE(drift, lambda t, z: truth.g(t, scale.to_x(z)) / scale.scale)
 
 
+def _matching(density: nn.Module, sde: DiagonalSDE, **options: Any) -> FokkerPlanckMatching:
+    """The objective without its warning of a learned diffusion, about which the tables tell."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a learned diffusion")
+        return FokkerPlanckMatching(density, sde, **options)
+
+
 def fit_matching(
     process: Process, sde: DiagonalSDE, z: Tensor, config: Config, result: Result
 ) -> GaussianMixtureMarginals:
@@ -156,7 +178,7 @@ def fit_matching(
             if step % every == 0:
                 result.history.append([step, *np.mean(losses[-every:], axis=0).tolist()])
 
-        matching = FokkerPlanckMatching(density, sde, weight=config.weight)
+        matching = _matching(density, sde, weight=config.weight)
         x = z.flatten(0, 1)
         fit(matching, times, x, steps=config.steps, batch_size=BATCH_SIZE, lr=LEARNING_RATE, progress=progress)
     return density
@@ -175,6 +197,15 @@ def fit_transitions(times: Tensor, sde: DiagonalSDE, z: Tensor, config: Config) 
         return (0.5 * ((z[k + 1, path] - mean) / scale).square() + scale.log()).sum(-1).mean()
 
     harness.minimise(loss, sde.parameters(), num_steps=config.steps, lr=LEARNING_RATE, progress=_label(config))
+
+
+def learn_gradient_flow(process: Process, x: Tensor, scale: Scale, config: Config) -> tuple[DiagonalSDE, str]:
+    """The equation of a gradient flow for standardised coordinates, from samples in the units of the data; a report."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are in the report
+        found = fit_gradient_flow(process.times, x, same_particles=True, seed=config.seed)
+    noise = found.variance.sqrt().to(x.dtype) / scale.scale
+    return DiagonalSDE(lambda t, z: found.drift(scale.to_x(z)) / scale.scale, noise), str(found)
 
 
 def _label(config: Config) -> str:
@@ -227,12 +258,17 @@ def run(process: Process, config: Config, folder: Path, force: bool = False) -> 
     pooled = train.flatten(0, 1)
     scale = Scale(pooled.mean(0), pooled.std(0))
     z, dim = scale.to_z(train), train.shape[-1]
-    sde, density = make_sde(process, config, dim, scale), None
+    density: GaussianMixtureMarginals | None = None
     result = Result(config, times=list(process.times[1:]))
     begin = time.perf_counter()
+    if config.method == "gradient-flow":
+        sde, result.report = learn_gradient_flow(process, train, scale, config)
+        print(f"{_label(config)}: {result.report}", flush=True)
+    else:
+        sde = make_sde(process, config, dim, scale)
     if config.method == "transitions":
         fit_transitions(torch.tensor(divide(process.times, parts)), sde, z, config)
-    else:
+    elif config.method != "gradient-flow":
         density = fit_matching(process, sde, z, config, result)
     result.seconds = time.perf_counter() - begin
     dt = (process.times[-1] - process.times[0]) / 200
@@ -362,7 +398,7 @@ def cost_table(dims: Sequence[int], batch: int, repeats: int) -> list[str]:
     rows = []
     for d in dims:
         density = GaussianMixtureMarginals(d, 4, (0.0, 1.0), covariance="diagonal")
-        matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(d), HollowNN(d)), where="data")
+        matching = _matching(density, DiagonalSDE(HollowNN(d), HollowNN(d)), where="data")
         candidates = cost_candidates(matching, torch.rand(batch), torch.randn(batch, d))
         if d > PLAIN_LIMIT:
             del candidates["plain"]
@@ -412,9 +448,18 @@ def make_parser() -> harness.Parser:
     add("--steps", type=harness.positive, default=4000, help="steps (default: 4000)")
     add("--weight", type=harness.not_negative_real, default=WEIGHT, help=f"of the residual (default: {WEIGHT})")
     add("--noise", type=harness.not_negative_real, default=0.5, help=noise)
-    add("--seed", nargs="+", type=int, default=list(range(10)), help="seeds (default: 0 to 9)")
+    add("--seed", "--seeds", nargs="+", type=int, default=list(range(10)), help="seeds (default: 0 to 9)")
     add("--train", type=harness.positive, default=10_000, help="paths to learn from (default: 10000)")
     add("--test", type=harness.positive, default=500, help="paths held out (default: 500)")
+    add("--gradient-flow", action="store_true", help="fit gradient flows of known potentials instead")
+    potentials = list(sde_gradient_flow.POTENTIALS)
+    add("--potential", nargs="+", choices=potentials, default=potentials, help="of gradient flows (default: all)")
+    kinds = sde_gradient_flow.KINDS
+    add("--particles", nargs="+", choices=kinds, default=kinds[:2], help="of gradient flows (default: same fresh)")
+    gaps = list(sde_gradient_flow.GAPS)
+    add("--gap", nargs="+", type=harness.positive_real, default=gaps, help="between their times (default: all four)")
+    add("--dim", nargs="+", type=harness.positive, default=[2, 10], help="of gradient flows (default: 2 10)")
+    add("--size", type=harness.positive, default=2000, help="particles of a gradient flow (default: 2000)")
     add("--cost", nargs="*", type=int, metavar="D", help="time a step in these dimensions, too")
     add("--batch-size", type=harness.positive, default=64, help="samples when the cost is timed (default: 64)")
     add("--repeats", type=harness.positive, default=7, help="repetitions when it is timed (default: 7)")
@@ -422,10 +467,19 @@ def make_parser() -> harness.Parser:
     return parser
 
 
+def _run_gradient_flows(args: argparse.Namespace) -> None:
+    configs = sde_gradient_flow.configs(args.potential, args.particles, args.gap, args.dim, args.seed, args.size)
+    bar = harness.Progress(configs, desc="gradient flows")
+    print(sde_gradient_flow.format_results([sde_gradient_flow.run(c, args.output, args.force) for c in bar]))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment; see ``--help``."""
     parser = make_parser()
     args = parser.begin(argv)
+    if args.gradient_flow:
+        _run_gradient_flows(args)
+        return
     torch.set_flush_denormal(True)  # responsibilities of far components
     tables: dict[str, Runs] = {}
     settings = args.train, args.test, args.weight, args.noise

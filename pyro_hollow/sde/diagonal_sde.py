@@ -178,8 +178,8 @@ class DiagonalSDE(nn.Module):
         positive, see above; any other function is used as it is (only :math:`g^2` matters to the law of x, so its sign
         is free).
     :param float min_diffusion: the smallest g of a network, in units of x per square root of time; None for a
-        thousandth of :math:`s / \sqrt{T}`. Set it where g is to be learned from marginals, which do not determine it;
-        see :class:`~pyro_hollow.sde.FokkerPlanckMatching`.
+        thousandth of :math:`s / \sqrt{T}`. Set it where g is to be learned from marginals together with a free drift,
+        as they do not determine it; see :class:`~pyro_hollow.sde.FokkerPlanckMatching`.
     :raises ValueError: if min_diffusion is negative or infinite, or a network takes a context.
     """
 

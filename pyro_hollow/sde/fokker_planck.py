@@ -18,16 +18,22 @@ and :math:`\partial_t p` is p times that. (An expansion that is in circulation h
 marginals, :math:`f_i = v_i + g_i \, \partial_i g_i + \frac{1}{2} g_i^2 s_i`, where v is the velocity of the probability
 flow; and in two dimensions or more v may be joined by any field u with :math:`\nabla \cdot (p u) = 0`, such as a
 rotation of an isotropic density. Judge what was learned by its simulated marginals. The drift is determined where g is
-known and, in two dimensions or more, the drift is known to be a gradient.
+known and, in two dimensions or more, the drift is known to be a gradient. Both are determined where the drift is the
+gradient of a potential that does not depend on time, g is constant, and the process is not in equilibrium [2]; then
+use :func:`~pyro_hollow.sde.fit_gradient_flow`, which also tells how much the samples at hand say about g.
 
 References:
 
 [1] Ricky T. Q. Chen, David Duvenaud. Neural Networks with Cheap Differential Operators. [arXiv:1912.03579]
+
+[2] Vincent Guan, Joseph Janssen, Nicolas Lanzetti, Antonio Terpin, et al. Identifying drift, diffusion, and causal
+structure of gradient flows from marginals, 2025. [arXiv:2505.21770]
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -141,7 +147,9 @@ class FokkerPlanckMatching(nn.Module):
       method ``sample`` they come from), spread by Gaussian noise.
     - "both": half of the terms each.
 
-    The noise is yours to choose, as marginals do not determine it. A free g shrinks to the smallest that its network
+    The noise is yours to choose, as marginals do not determine it together with a free drift; a diffusion that is
+    learned here raises a warning. (A constant one together with a gradient drift is another matter: see
+    :func:`~pyro_hollow.sde.fit_gradient_flow`.) A free g shrinks to the smallest that its network
     allows: the terms with g bring errors of the learned score and curvature into the residual, and fewer the smaller g
     is. What is left is a transport, which never forgets an error. So give g if it is known, or else the
     ``min_diffusion`` of :class:`~pyro_hollow.sde.DiagonalSDE`: half of the data's standard deviation over the square
@@ -157,7 +165,7 @@ class FokkerPlanckMatching(nn.Module):
     Example usage:
 
     >>> density = GaussianMixtureMarginals(2, num_components=4, interval=(0., 1.))
-    >>> matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(2), HollowNN(2), min_diffusion=0.5))
+    >>> matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(2), 0.5))
     >>> t, x = torch.rand(100), torch.randn(100, 2)
     >>> matching.standardize(t, x)
     >>> matching(t, x).total.backward()
@@ -173,6 +181,7 @@ class FokkerPlanckMatching(nn.Module):
     :param str where: "data", "proposal" or "both".
     :param float broadening: the standard deviation of the proposal's noise, in standard deviations of the batch.
     :raises ValueError: for a weight or broadening that is negative or infinite and an unknown place.
+    :warns UserWarning: if the diffusion has parameters that are learned.
     """
 
     def __init__(
@@ -190,6 +199,14 @@ class FokkerPlanckMatching(nn.Module):
         for name, value in (("weight", weight), ("broadening", broadening)):
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must not be negative and be finite, but got {value}")
+        diffusion = sde.diffusion
+        if isinstance(diffusion, nn.Module) and any(p.requires_grad for p in diffusion.parameters()):
+            warnings.warn(
+                "a learned diffusion is a convention: marginals do not determine it together with a free drift. Give "
+                "it if it is known, or its smallest value as min_diffusion of DiagonalSDE; for the gradient of a "
+                "potential and constant noise use fit_gradient_flow",
+                stacklevel=2,
+            )
         self.density: Any = density  # nn.Module would hide the types of the methods
         self.sde: DiagonalSDE = sde
         self._weight = weight

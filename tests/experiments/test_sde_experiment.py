@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ import torch
 from torch.testing import assert_close
 
 from pyro_hollow.experiments import sde as experiment
+from pyro_hollow.experiments import sde_gradient_flow
 from pyro_hollow.experiments.data import DataError
 from pyro_hollow.experiments.sde import Config, Result, Scale, format_summary, format_times, make_sde, run
 from pyro_hollow.experiments.sde_processes import PROCESSES, divide, load
 from pyro_hollow.nn import HollowNN
 from pyro_hollow.ops import field_derivatives
-from pyro_hollow.sde import DiagonalSDE, FokkerPlanckMatching, GaussianMixtureMarginals
+from pyro_hollow.sde import DiagonalSDE, GaussianMixtureMarginals
 
 SIMULATED = [name for name in PROCESSES if name != "fertility"]
 SMALL = ["--steps", "3", "--seed", "0", "--train", "20", "--test", "15"]
@@ -190,10 +192,55 @@ def test_cost():
 def test_plain_and_cheap_step_have_the_same_gradients():
     torch.set_default_dtype(torch.float64)
     density = GaussianMixtureMarginals(3, 4, (0.0, 1.0), covariance="diagonal")
-    matching = FokkerPlanckMatching(density, DiagonalSDE(HollowNN(3), HollowNN(3)), where="data")
+    matching = experiment._matching(density, DiagonalSDE(HollowNN(3), HollowNN(3)), where="data")
     candidates = experiment.cost_candidates(matching, torch.rand(6), torch.randn(6, 3))
     gradients = []
     for name in ("step", "plain"):
         candidates[name]()
         gradients.append([parameter.grad.clone() for parameter in matching.parameters()])
     assert_close(*gradients)
+
+
+def test_gradient_flows(tmp_path, capsys):
+    arguments = ["--gradient-flow", "--potential", "quadratic", "--particles", "fresh", "--gap", "0.1"]
+    arguments += ["--dim", "2", "--size", "50", "--seeds", "0", "--output", str(tmp_path)]
+    experiment.main(arguments)
+    table = capsys.readouterr().out
+    experiment.main(arguments)  # reads what is kept
+    assert capsys.readouterr().out == table
+    rows = table_rows(table)
+    assert [row.split(" | ")[0] for row in rows[1:]] == ["| quadratic, 2-d"]
+    assert len(list(tmp_path.glob("gradient-flow/*.json"))) == 1
+
+
+def flow_result(seed, variance, low, high, identified):
+    config = sde_gradient_flow.Config("quadratic", "fresh", 0.1, 2, seed)
+    return sde_gradient_flow.Result(config, variance, low, high, identified, 1.0, 0.1 * (seed + 1), 0.9, 5.0, [])
+
+
+def test_table_of_gradient_flows():
+    found = [flow_result(0, 0.21, 0.18, 0.25, True), flow_result(1, 0.30, 0.22, math.inf, False)]
+    (row,) = table_rows(sde_gradient_flow.format_results(found))[1:]
+    expected = "quadratic, 2-d | fresh | 0.1 | 2 | 0.255 | 27.5% | 50.0% | 1 of 2 | 1 of 2 | 33% | 0 | 0.150 | 0.200"
+    assert row == f"| {expected} | 0.900 | 0.900 | 5 |"
+
+
+@pytest.mark.parametrize("kind", ["same", "fresh", pytest.param("equilibrium", marks=pytest.mark.slow)])
+def test_simulated_gradient_flows(kind):
+    times, x = sde_gradient_flow.simulate(sde_gradient_flow.Config("quadratic", kind, 0.3, 2, 0, 2000))
+    assert x.shape == (3, 2000, 2) and times.tolist() == pytest.approx([0.0, 0.3, 0.6])
+    # The quadratic contracts by exp(-10 t) towards the variance 0.2 / 20.
+    assert_close(x[2].var(0), torch.full((2,), 0.01, dtype=x.dtype), rtol=0.15, atol=0)
+    if kind == "equilibrium":
+        assert_close(x[0].var(0), torch.full((2,), 0.01, dtype=x.dtype), rtol=0.15, atol=0)
+
+
+def test_drift_of_a_gradient_flow_is_in_the_units_of_the_data(monkeypatch):
+    found = SimpleNamespace(drift=lambda x: -3 * x, variance=torch.tensor(0.25, dtype=torch.float64))
+    monkeypatch.setattr(experiment, "fit_gradient_flow", lambda *args, **kwargs: found)
+    scale, z = Scale(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])), torch.randn(5, 2)
+    config = Config("ou-2", "gradient-flow", 3, 0, 20, 15)
+    sde, _ = experiment.learn_gradient_flow(load("ou-2"), torch.zeros(7, 20, 2), scale, config)
+    x, t = scale.to_x(z), torch.tensor(0.0)
+    assert_close(sde.f(t, z) * scale.scale, -3 * x)
+    assert_close(sde.g(t, z) * scale.scale, torch.full_like(x, 0.5))

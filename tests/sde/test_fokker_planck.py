@@ -26,6 +26,9 @@ from pyro_hollow.sde import (
     probability_flow,
 )
 
+#: Most tests learn a diffusion, as a convention.
+pytestmark = pytest.mark.filterwarnings("ignore:a learned diffusion is a convention:UserWarning")
+
 
 class OrnsteinUhlenbeck:
     r""":math:`dx = -\theta \odot x \, dt + \sigma \odot dW` from a Gaussian, whose marginals stay Gaussian."""
@@ -269,6 +272,21 @@ def test_proposal_is_broad_and_between_the_times():
     (times, points), (_, broad) = seen
     assert times.min() >= 0 and times.max() <= 1 and 0.4 < times.mean() < 0.6 and len(times.unique()) == 1000
     assert points.std() < 2 * x.std() and broad.std() > 4 * x.std()
+
+
+@pytest.mark.parametrize(
+    "learned", [lambda: HollowNN(2), lambda: nn.Parameter(torch.ones(()))], ids=["net", "constant"]
+)
+def test_a_learned_diffusion_warns_once(learned):
+    with pytest.warns(UserWarning, match="a learned diffusion is a convention") as record:
+        FokkerPlanckMatching(mixture(2), DiagonalSDE(HollowNN(2), learned(), min_diffusion=0.5))
+    assert len(record) == 1 and record[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_given_diffusion_does_not_warn():
+    for given in (0.5, torch.tensor([0.5, 1.0]), lambda t, x: torch.ones_like(x)):
+        FokkerPlanckMatching(mixture(2), DiagonalSDE(HollowNN(2), given))
 
 
 def test_every_parameter_is_trained():
