@@ -16,6 +16,8 @@ import csv
 import io
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -101,6 +103,28 @@ class Parser(argparse.ArgumentParser):
         if "threads" in args:
             torch.set_num_threads(args.threads)
         return args
+
+
+def call(command: Sequence[object], folder: Path | None = None, timeout: float | None = None) -> dict[str, Any]:
+    """
+    Runs a program with as many threads as torch has here, and reads the JSON in the last line that it prints.
+
+    :param command: the program and its arguments.
+    :param folder: its working folder; None for this one.
+    :param timeout: the most seconds it may take.
+    :raises RuntimeError: if it fails, with the last line of its error, or takes longer.
+    """
+    threads = str(torch.get_num_threads())
+    # NPROC is what JAX reads.
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "NPROC": threads}
+    words = list(map(str, command))
+    try:
+        process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"no result after {error.timeout:.0f} s") from error
+    if process.returncode:
+        raise RuntimeError((process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def positive(text: str) -> int:

@@ -10,10 +10,7 @@ smallest effective sample size of a coordinate is reached, a flow until its time
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pyro_hollow.experiments import harness
 from pyro_hollow.experiments.harness import keep, kept, spread, table
 from pyro_hollow.experiments.posterior_models import Posterior
 
@@ -102,21 +100,12 @@ def run(
 
 def _call(command: list[str], result: PeerResult) -> None:
     """Runs a program that prints its findings as JSON; adds them, or the failure, to the result."""
-    threads = str(torch.get_num_threads())
-    # NPROC is what JAX reads.
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "NPROC": threads}
-    command = [*command, "--begin", str(time.time())]
     try:
-        process = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=result.config.seconds + GRACE
-        )
-    except subprocess.TimeoutExpired as error:
-        result.failure = f"no result after {error.timeout:.0f} s"
+        found = harness.call([*command, "--begin", time.time()], timeout=result.config.seconds + GRACE)
+    except RuntimeError as error:
+        result.failure = str(error)
         return
-    if process.returncode:
-        result.failure = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
-        return
-    for key, value in json.loads(process.stdout.splitlines()[-1]).items():
+    for key, value in found.items():
         setattr(result, key, value)
 
 

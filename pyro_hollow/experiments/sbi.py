@@ -19,10 +19,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
-import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -37,7 +34,7 @@ from torch.distributions import MultivariateNormal
 
 from pyro_hollow import infer
 from pyro_hollow.experiments.data import DataError
-from pyro_hollow.experiments.harness import Parser, extra, keep, kept, positive, spread, table, write
+from pyro_hollow.experiments.harness import Parser, call, extra, keep, kept, positive, spread, table, write
 from pyro_hollow.experiments.sbi_tasks import TASKS, Task, load
 from pyro_hollow.infer.simulation import Simulator
 
@@ -155,11 +152,7 @@ def _fit_peer(result: Result, observations: Sequence[tuple[Tensor, Tensor]], sbi
         program = Path(__file__).with_name("sbi_peers.py")
         # -I, or this file would be imported in place of the package sbi, which writes its logs to the working folder.
         command = [sbi.absolute(), "-I", program, config.method, pairs, draws, "--count", DRAWS, "--seed", config.seed]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        process = subprocess.run(
-            list(map(str, command)), cwd=scratch, env=environment, stdout=subprocess.PIPE, text=True, check=True
-        )
-        for key, value in json.loads(process.stdout.splitlines()[-1]).items():
+        for key, value in call(command, Path(scratch)).items():
             setattr(result, key, value)
         with np.load(draws) as file:
             return [torch.from_numpy(file[f"draws_{i}"]) for i in range(1, len(observations) + 1)]
