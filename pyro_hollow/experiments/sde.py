@@ -258,7 +258,7 @@ def run(process: Process, config: Config, folder: Path, force: bool = False) -> 
     pooled = train.flatten(0, 1)
     scale = Scale(pooled.mean(0), pooled.std(0))
     z, dim = scale.to_z(train), train.shape[-1]
-    density: GaussianMixtureMarginals | None = None
+    density = None
     result = Result(config, times=list(process.times[1:]))
     begin = time.perf_counter()
     if config.method == "gradient-flow":
@@ -266,10 +266,10 @@ def run(process: Process, config: Config, folder: Path, force: bool = False) -> 
         print(f"{_label(config)}: {result.report}", flush=True)
     else:
         sde = make_sde(process, config, dim, scale)
-    if config.method == "transitions":
-        fit_transitions(torch.tensor(divide(process.times, parts)), sde, z, config)
-    elif config.method != "gradient-flow":
-        density = fit_matching(process, sde, z, config, result)
+        if config.method == "transitions":
+            fit_transitions(torch.tensor(divide(process.times, parts)), sde, z, config)
+        else:
+            density = fit_matching(process, sde, z, config, result)
     result.seconds = time.perf_counter() - begin
     dt = (process.times[-1] - process.times[0]) / 200
     n, m = z.shape[1], test.shape[1]
