@@ -32,12 +32,16 @@ RELAXATION = 1.6
 
 
 class _Assigned(NamedTuple):
-    """Sums over targets of the assignments to each source: of 1, y - F and its outer product; the log-likelihood."""
+    """
+    Sums over targets of the assignments to each source: of 1, y - F and its outer product; the log-likelihood; and the
+    inverse of the covariance of each source.
+    """
 
     weight: Tensor
     first: Tensor
     second: Tensor
     log_prob: float
+    inverse: Tensor
 
 
 def _assign(pushed: Transition, covariance: Tensor, y: Tensor) -> _Assigned:
@@ -59,7 +63,7 @@ def _assign(pushed: Transition, covariance: Tensor, y: Tensor) -> _Assigned:
     second, first, weight = sums[:, : d * d].view(n, d, d), sums[:, d * d : -1], sums[:, -1]
     cross = first.unsqueeze(-1) * mean.unsqueeze(-2)
     outer = weight[:, None, None] * mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    return _Assigned(weight, first - weight.unsqueeze(-1) * mean, second - cross - cross.mT + outer, log_prob)
+    return _Assigned(weight, first - weight.unsqueeze(-1) * mean, second - cross - cross.mT + outer, log_prob, inverse)
 
 
 def fit_assignments(
@@ -83,9 +87,8 @@ def fit_assignments(
         information, score, count, log_prob = torch.zeros(groups, groups).to(v), torch.zeros(groups).to(v), 0, 0.0
         for k, y in enumerate(data.x[1:]):
             pushed = data.push(k, c, v, steps=math.prod(plan[k]), slopes=True)
-            covariance = pushed.covariance(v)
-            found = _assign(pushed, covariance, y)
-            inverse = torch.cholesky_inverse(cholesky(covariance))
+            found = _assign(pushed, pushed.covariance(v), y)
+            inverse = found.inverse
             assert pushed.slopes is not None
             slopes = pushed.slopes[..., :size]
             weighted = found.weight[:, None, None] * (inverse @ slopes)

@@ -252,7 +252,7 @@ def _estimate(
         if best.loss < estimate.loss:
             estimate = best
     low, high = torch.tensor(ends, dtype=torch.float64).T
-    chi2 = estimate.chi2 / max(objective.count - estimate.effective, objective.count / 4)
+    chi2 = estimate.chi2 / objective.freedom(estimate)
     if chi2 > MISFIT:
         notes.append(f"chi^2 per moment is {chi2:.1f}: the model does not fit, or the fit ended in a wrong optimum")
     if data.overlap:

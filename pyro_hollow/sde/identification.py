@@ -159,8 +159,7 @@ def profile_interval(
     :param int index: the variance.
     :returns: the best estimate, the lower end (0 if there is none) and the upper end (infinity if there is none).
     """
-    freedom = max(objective.count - estimate.effective, objective.count / 4)
-    threshold = THRESHOLD * max(1.0, estimate.chi2 / freedom)
+    threshold = THRESHOLD * max(1.0, estimate.chi2 / objective.freedom(estimate))
     # The prior stays; a free prior would choose a simpler potential at each variance.
     centre = fit_moments(objective, estimate, steps=6, held=index, evidence=False)
     points, best = {float(centre.v[index]): centre}, centre

@@ -105,6 +105,10 @@ class Objective:
         self.observed = [phi @ map for phi, map in zip(seen, self.maps, strict=True)]
         self.count = sum(phi.shape[1] for phi in self.observed)
 
+    def freedom(self, estimate: Estimate) -> float:
+        """The degrees of freedom that an estimate leaves to chi^2."""
+        return max(self.count - estimate.effective, self.count / 4)
+
     def push(self, k: int, c: Tensor, v: Tensor, slopes: bool = False) -> Transition:
         """The transition over gap k."""
         return self.data.push(k, c, v, steps=self.plan[k][1], draws=self.draws[k], slopes=slopes)
@@ -249,7 +253,7 @@ def fit_moments(
             precision, effective = update_ridge(objective.data.basis, precision, c, posterior)
             best = replace(best, effective=effective)
         if scaled:
-            ratio = (new_loss - penalty) / max(objective.count - best.effective, objective.count / 4)
+            ratio = (new_loss - penalty) / objective.freedom(best)
             v = v * min(max(ratio, 1 / 3), 3.0)
             best = replace(best, converged=best.converged and abs(math.log(ratio)) < 0.02)
     return best

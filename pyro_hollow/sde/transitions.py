@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .potentials import PotentialBasis
 
-__all__ = ["Transition", "transition"]
+__all__ = ["Transition", "cholesky", "noise_directions", "transition"]
 
 #: The largest exponent of growth in a step; particles on a ridge leave it by less in any case.
 MAX_GROWTH = 10.0
