@@ -20,7 +20,7 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from pyro_hollow.nn.standardization import check_finite, location_and_scale
+from pyro_hollow.nn.standardization import check_finite
 from pyro_hollow.ode import Solver
 from pyro_hollow.train import MaximumLikelihood, Training, train
 from pyro_hollow.train.progress import Progress
@@ -218,8 +218,8 @@ class AmortisedPosterior(nn.Module):
 
     :ivar sites: the latent sites.
     :ivar flows: the networks.
-    :ivar trainings: the course of the training of each flow; ``losses`` in nats per simulation, of the standardised and
-        unconstrained latents.
+    :ivar trainings: the course of the training of each flow; ``losses`` in nats per simulation, of the unconstrained
+        latents.
     :ivar int num_simulations: the number of pairs of latents and data that were used.
     :ivar float log_prob: the mean log density of the latents of the validation sets, in their own units.
     :ivar Tensor weights: the weights of the flows, which maximise that density.
@@ -256,7 +256,6 @@ class AmortisedPosterior(nn.Module):
             u, x = u[kept], {name: value[kept] for name, value in x.items()}
             self.num_simulations = len(u)
         self._pairs: tuple[Tensor, Tensor] | None = (u, self._joined(x))
-        location_and_scale("theta", u)  # refuses latents that are constant
         self._tell_of_constants()
         self.trainings: list[Training] = []
         self.seconds = 0.0
@@ -297,6 +296,7 @@ class AmortisedPosterior(nn.Module):
         with torch.no_grad():
             ladj = torch.stack([*unpack(self.sites, u)[1].values()]).sum(0)
         bounded = torch.cat([torch.full(s.unconstrained_shape, s.is_bounded).reshape(-1) for s in self.sites])
+        bounded = bounded.to(u.device)
         solver = Solver("dopri5", rtol=1e-4, atol=1e-4, compile=_compiles(compile))
         limit = settings.pop("time_limit")
         deadline = None if limit is None else time.perf_counter() + limit
